@@ -1,0 +1,1 @@
+"""The lab: recipe -> run -> report. The only room that knows the others."""

@@ -1,0 +1,1 @@
+"""Sparse training: which weights exist."""

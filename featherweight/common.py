@@ -1,4 +1,4 @@
-"""The few things every room needs: registries, randomness, the walk over prunable weights, atomic files.
+"""What every room needs: registries, randomness, the walk over prunable weights, atomic files.
 
 Any room may import this module; it imports none of them.
 """
@@ -24,7 +24,7 @@ Generator = torch.Generator
 
 @dataclass(frozen=True)
 class Entry(Generic[Method]):
-    """One registered method: the row that recipes, ``featherweight ls``, the docs and the tests read.
+    """One registered method: the row that recipes, the command line, docs and tests read.
 
     Attributes:
         name: what users type.

@@ -1,0 +1,7 @@
+"""What a weight is worth: one criterion a file, each a function from weights to scores."""
+
+from featherweight.sparse.criteria.magnitude import magnitude
+from featherweight.sparse.criteria.random import random
+from featherweight.sparse.criteria.registry import CRITERIA, Scores, score
+
+__all__ = ["CRITERIA", "Scores", "magnitude", "random", "score"]

@@ -1,0 +1,175 @@
+"""Hold masks in force while the user's own loop trains: masked weights stay exact zeros."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from featherweight.common import unwrap
+from featherweight.sparse.masks import Masks
+
+
+class Hold:
+    """Masks in force on a model and its optimizer; made by `hold`.
+
+    Usable as a context manager that removes itself on exit.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, masks: Masks) -> None:
+        self._model = unwrap(model)
+        self._optimizer = _innermost(optimizer)
+        self._weights = masks.weights(self._model)
+        trained = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        if not any(id(weight) in trained for weight in self._weights.values()):
+            raise ValueError("the optimizer trains none of the masked weights")
+        self._set(masks)
+        self.rezero_()
+        self._handles: list[Any] = [
+            weight.register_post_accumulate_grad_hook(self._mask_gradient)
+            for weight in self._weights.values()
+            if weight.requires_grad
+        ]
+        self._handles.append(self._optimizer.register_step_post_hook(lambda *_: self.rezero_()))
+        self._handles.append(
+            self._model.register_load_state_dict_post_hook(lambda *_: self.rezero_())
+        )
+
+    @property
+    def masks(self) -> Masks:
+        """The masks in force."""
+        return self._masks
+
+    def _set(self, masks: Masks) -> None:
+        self._masks = masks
+        # Multiplying by a mask of the weight's dtype is several times faster than filling by a
+        # bool mask; this is the whole cost of holding.
+        self._factors = {
+            id(weight): _like(masks[name], weight) for name, weight in self._weights.items()
+        }
+
+    def _factor(self, weight: Tensor) -> Tensor:
+        factor = self._factors[id(weight)]
+        if factor.device != weight.device or factor.dtype != weight.dtype:
+            factor = self._factors[id(weight)] = factor.to(weight)  # the model has moved
+        return factor
+
+    @torch.no_grad()
+    def _mask_gradient(self, weight: Tensor) -> None:
+        gradient = weight.grad
+        if gradient is not None:
+            gradient.mul_(self._factor(weight).to(gradient.dtype))
+
+    @torch.no_grad()
+    def rezero_(self) -> None:
+        """Set masked weights and the optimizer's state of masked weights to zero.
+
+        Runs by itself after every optimizer step and after a state dict is loaded.
+        """
+        tensors: list[Tensor] = []
+        factors: list[Tensor] = []
+        for weight in self._weights.values():
+            factor = self._factor(weight)
+            state = self._optimizer.state.get(weight, {})
+            for tensor in (weight, *elementwise_state(weight, state).values()):
+                tensors.append(tensor)
+                factors.append(factor if factor.dtype == tensor.dtype else factor.to(tensor.dtype))
+        torch._foreach_mul_(tensors, factors)
+
+    @torch.no_grad()
+    def update(self, masks: Masks, grown: Mapping[str, Tensor] | None = None) -> None:
+        """Put other masks in force.
+
+        Dropped entries lose their weight and their optimizer state; grown entries start with zero
+        optimizer state, as in the field's dynamic methods, and with weight zero or the value
+        given. What stays keeps both.
+
+        Args:
+            masks: of the same tensors.
+            grown: start values of grown entries by parameter name, of the parameters' shapes.
+
+        Raises:
+            ValueError: the masks do not fit; nothing is changed then.
+        """
+        self._masks.check(masks)
+        for name, weight in self._weights.items():
+            new = masks[name].to(weight.device) & ~self._masks[name].to(weight.device)
+            fresh = _like(new, weight).bool()
+            state = self._optimizer.state.get(weight, {})
+            for tensor in elementwise_state(weight, state).values():
+                tensor.masked_fill_(fresh, 0)
+            start = None if grown is None else grown.get(name)
+            if start is not None:
+                weight.copy_(torch.where(fresh, start.to(weight), weight))
+        self._set(masks)
+        self.rezero_()
+        for weight in self._weights.values():
+            self._mask_gradient(weight)
+
+    def remove(self) -> None:
+        """Let go: the weights stay as they are and may move freely from now on."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def __enter__(self) -> Hold:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def hold(model: nn.Module, optimizer: Optimizer, masks: Masks) -> Hold:
+    """Keep the masked weights of a model at exact zero from now on.
+
+    Three hooks do it, so that the model's class, parameters and state-dict keys stay as they are:
+    gradients are masked as they accumulate (clipping by global norm sees masked gradients), and
+    masked weights and their optimizer state are zeroed after each optimizer step and after a
+    state dict is loaded. Works with any optimizer whose state is elementwise, with gradient
+    accumulation, ``GradScaler``, closures, compiled models and data-parallel training.
+
+    Args:
+        model: the model, wrapped or not.
+        optimizer: the optimizer that trains it.
+        masks: masks of the model's parameters; the masked weights are zeroed at once.
+
+    Returns:
+        The hold, with ``update(masks)``, ``remove()``, and use as a context manager.
+
+    Raises:
+        ValueError: the masks do not fit the model, or the optimizer trains none of its masked
+            weights; nothing is touched then.
+    """
+    return Hold(model, optimizer, masks)
+
+
+def elementwise_state(weight: Tensor, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return those tensors of a parameter's optimizer state that have one entry a weight."""
+    return {
+        key: value
+        for key, value in state.items()
+        if isinstance(value, Tensor) and value.shape == weight.shape and value.is_floating_point()
+    }
+
+
+def _like(mask: Tensor, weight: Tensor) -> Tensor:
+    """Bring a mask to a weight's device, dtype and, for sharded weights, placement."""
+    factor = mask.to(device=weight.device, dtype=weight.dtype)
+    if isinstance(weight, DTensor):
+        return distribute_tensor(factor, weight.device_mesh, weight.placements)
+    return (
+        factor.contiguous(memory_format=torch.contiguous_format)
+        if weight.is_contiguous()
+        else (torch.empty_like(weight).copy_(factor))
+    )
+
+
+def _innermost(optimizer: Optimizer) -> Optimizer:
+    """Return the torch optimizer inside wrappers such as Accelerate's."""
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer  # type: ignore[attr-defined]
+    return optimizer

@@ -1,0 +1,8 @@
+"""The table of loops."""
+
+from collections.abc import Callable, Iterator
+
+from featherweight.common import Registry
+from featherweight.sparse.loops.driver import Level
+
+LOOPS: Registry[Callable[..., Iterator[Level]]] = Registry("loop")

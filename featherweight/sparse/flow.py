@@ -91,7 +91,7 @@ def on_path(masks: Masks, model: nn.Module, inputs: Tensor) -> Masks:
     required = {name: parameter.requires_grad for name, parameter in net.named_parameters()}
     gradients = {name: parameter.grad for name, parameter in net.named_parameters()}
     hooks = [
-        module.register_forward_hook(lambda _m, _i, out: _Binary.apply(out))
+        module.register_forward_hook(lambda _m, _i, out: _binary(out))
         for module in {id(m): m for m in _modules(net, masks).values()}.values()
     ]
     hooks += [
@@ -165,6 +165,11 @@ def _pool_by_average(module: Any, inputs: tuple[Tensor], _: Tensor) -> Tensor:
     return average(inputs[0], module.kernel_size, module.stride, module.padding, module.ceil_mode)
 
 
+def _binary(signal: Tensor) -> Tensor:
+    cut: Tensor = _Binary.apply(signal)  # type: ignore[no-untyped-call]
+    return cut
+
+
 class _Binary(torch.autograd.Function):
     """Cut a nonnegative signal to {0, 1}, forward and backward."""
 
@@ -173,7 +178,7 @@ class _Binary(torch.autograd.Function):
         return (signal > 0).to(signal.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return (gradient > 0).to(gradient.dtype)
 
 

@@ -1,0 +1,11 @@
+"""The papers' headline claims as objects that can be run: one file a paper.
+
+A claim says which runs test it and turns them into a verdict by statistics. What does not hold at
+the size run is printed as such.
+"""
+
+from featherweight.lab.claims import masks_signs_lrr, random_pruning  # noqa: F401  (register)
+from featherweight.lab.claims.claim import CLAIMS, Claim, Outcome
+from featherweight.lab.claims.statistics import Verdict, interval, judge
+
+__all__ = ["CLAIMS", "Claim", "Outcome", "Verdict", "interval", "judge"]

@@ -1,0 +1,238 @@
+"""Recipes: what a run does, as typed frozen dataclasses that are checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field
+
+from featherweight.common import unknown
+from featherweight.lab.data import DATA
+from featherweight.lab.duration import Duration, DurationField
+from featherweight.lab.models import MODELS
+from featherweight.sparse import CRITERIA, DENSITIES, LOOPS, RESETS
+
+STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+DEFAULT_LENGTH = Duration(15, "ep")
+
+
+def _one_of(kind: str, allowed: Sequence[str]) -> AfterValidator:
+    def check(name: str) -> str:
+        if name not in allowed:
+            raise ValueError(unknown(kind, name, allowed))
+        return name
+
+    return AfterValidator(check)
+
+
+def _model_name(name: str) -> str:
+    if name not in MODELS and ":" not in name:
+        raise ValueError(unknown("model", name, [*MODELS, "package.module:function"]))
+    return name
+
+
+Allocation = Annotated[str, _one_of("allocation", ["global", "layer", *DENSITIES])]
+Method = Annotated[str, _one_of("method", ["dense", *CRITERIA, *LOOPS])]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRecipe:
+    """What is learned from."""
+
+    __pydantic_config__ = STRICT
+
+    name: Annotated[
+        str, _one_of("data set", list(DATA)), Field(description="data set, see `featherweight ls`")
+    ] = "digits"
+    path: Annotated[
+        str | None, Field(description="file or folder of the data set, or a Hub name for hf")
+    ] = None
+    validation: Annotated[
+        float, Field(ge=0, lt=1, description="part of the training set held out; 0: none")
+    ] = 0.1
+    limit: Annotated[
+        int | None, Field(ge=1, description="use this many training images; null: all")
+    ] = None
+    augment: Annotated[
+        Literal["none", "flip", "crop-flip"], Field(description="random changes of training images")
+    ] = "none"
+    split_seed: Annotated[
+        int, Field(ge=0, description="seed of the validation split and of limit, one for all runs")
+    ] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRecipe:
+    """What is trained."""
+
+    __pydantic_config__ = STRICT
+
+    name: Annotated[
+        str,
+        AfterValidator(_model_name),
+        Field(description="model, see `featherweight ls`, or package.module:function"),
+    ] = "mlp"
+    options: Annotated[
+        dict[str, Any], Field(description="the model's own options, such as width")
+    ] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupportRecipe:
+    """A random mask that a sparse-to-sparse method never leaves."""
+
+    __pydantic_config__ = STRICT
+
+    density: Annotated[Fraction, Field(description="kept fraction of the support")] = 1.0
+    allocation: Annotated[Allocation, Field(description="density rule of the support")] = "balanced"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseRecipe:
+    """Which weights exist."""
+
+    __pydantic_config__ = STRICT
+
+    method: Annotated[
+        Method,
+        Field(description="dense, a criterion (pruned once before training), or a loop"),
+    ] = "dense"
+    density: Annotated[Fraction, Field(description="final kept fraction; 1: dense")] = 1.0
+    levels: Annotated[
+        int | None, Field(ge=0, description="loops: number of prunings in place of density")
+    ] = None
+    per_level: Annotated[
+        float, Field(ge=0, lt=1, description="loops: part of the kept weights each pruning removes")
+    ] = 0.2
+    allocation: Annotated[
+        Allocation, Field(description="where weights compete, or how many each layer keeps")
+    ] = "global"
+    criterion: Annotated[
+        str,
+        _one_of("criterion", list(CRITERIA)),
+        Field(description="loops: what a weight is worth"),
+    ] = "magnitude"
+    reset: Annotated[
+        list[Annotated[str, _one_of("reset", list(RESETS))]] | None,
+        Field(description="loops: what is rewound after pruning; null: the method's own"),
+    ] = None
+    rewind: Annotated[
+        DurationField | None,
+        Field(description="loops: length of the warm-up training before the rewinding point"),
+    ] = None
+    masks_from: Annotated[
+        str | None,
+        Field(description="loops: use the masks of this finished run (its folder NAME-HASH)"),
+    ] = None
+    optimizer_state: Annotated[
+        Literal["reset", "carry", "rewind"], Field(description="loops: optimizer state at pruning")
+    ] = "reset"
+    support: Annotated[
+        SupportRecipe, Field(description="random mask that is never left; density 1: none")
+    ] = field(default_factory=SupportRecipe)
+    sampling: Annotated[
+        Literal["exact", "bernoulli"],
+        Field(description="random: exact counts or independent draws"),
+    ] = "exact"
+    legacy: Annotated[
+        bool, Field(description="random: density formulas of published code, which can miss")
+    ] = False
+    repair: Annotated[
+        bool, Field(description="give every unit an edge in and out, keeping the density")
+    ] = False
+    include: Annotated[
+        list[str] | None, Field(description="patterns of parameter names to prune; null: default")
+    ] = None
+    exclude: Annotated[
+        list[str], Field(description="patterns of parameter names to leave dense")
+    ] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitRecipe:
+    """How weights are trained; the schedule restarts at every level."""
+
+    __pydantic_config__ = STRICT
+
+    length: Annotated[DurationField, Field(description="training of one level, 15ep or 300it")] = (
+        DEFAULT_LENGTH
+    )
+    batch_size: Annotated[Positive, Field(description="images a step, over all devices")] = 64
+    optimizer: Annotated[Literal["sgd", "adamw"], Field(description="sgd or adamw")] = "sgd"
+    learning_rate: Annotated[float, Field(gt=0, description="peak learning rate")] = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1, description="sgd: momentum; 0: none")] = 0.9
+    nesterov: Annotated[bool, Field(description="sgd: Nesterov momentum")] = False
+    weight_decay: Annotated[NotNegative, Field(description="weight decay; 0: none")] = 5e-4
+    schedule: Annotated[
+        Literal["constant", "cosine", "step", "triangular"], Field(description="after the warm-up")
+    ] = "triangular"
+    warmup: Annotated[
+        DurationField | None,
+        Field(description="linear warm-up; null: none, and a fifth of the length for triangular"),
+    ] = None
+    warmup_start: Annotated[
+        float, Field(ge=0, le=1, description="first learning rate of the warm-up over the peak")
+    ] = 0.2
+    milestones: Annotated[
+        list[DurationField], Field(description="step: when the learning rate drops")
+    ] = field(default_factory=list)
+    gamma: Annotated[float, Field(gt=0, le=1, description="step: factor of each drop")] = 0.1
+    final: Annotated[
+        float, Field(ge=0, le=1, description="cosine, triangular: last rate over the peak")
+    ] = 0.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1, description="0: none")] = 0.0
+    clip: Annotated[float | None, Field(gt=0, description="gradient norm limit; null: none")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecuteRecipe:
+    """On what, and how exactly, it runs."""
+
+    __pydantic_config__ = STRICT
+
+    device: Annotated[
+        Literal["auto", "cpu", "cuda", "mps"], Field(description="auto: the fastest there is")
+    ] = "auto"
+    precision: Annotated[
+        Literal["fp32", "bf16", "fp16"], Field(description="of the layers' arithmetic")
+    ] = "fp32"
+    matmul_precision: Annotated[
+        Literal["highest", "high", "medium"],
+        Field(description="torch.set_float32_matmul_precision; see `featherweight doctor`"),
+    ] = "highest"
+    channels_last: Annotated[bool, Field(description="memory format of image models")] = False
+    compile: Annotated[bool, Field(description="torch.compile the model")] = False
+    threads: Annotated[
+        int | None, Field(ge=1, description="CPU threads of one run; null: cores shared by jobs")
+    ] = None
+    checkpoint_seconds: Annotated[
+        NotNegative, Field(description="least time between checkpoints inside a level")
+    ] = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a run does."""
+
+    __pydantic_config__ = STRICT
+
+    name: Annotated[
+        str,
+        Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name in tables and folders"),
+    ] = "run"
+    data: DataRecipe = field(default_factory=DataRecipe)
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    sparse: SparseRecipe = field(default_factory=SparseRecipe)
+    fit: FitRecipe = field(default_factory=FitRecipe)
+    execute: ExecuteRecipe = field(default_factory=ExecuteRecipe)
+    seeds: Annotated[
+        list[Annotated[int, Field(ge=0)]], Field(min_length=1, description="one run each")
+    ] = field(default_factory=lambda: [0])

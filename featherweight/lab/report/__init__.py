@@ -1,0 +1,56 @@
+"""Reports of runs: one self-contained page, its pictures, and a table for the console."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from featherweight.common import atomic_path, write_text
+from featherweight.lab.report.collect import collect
+from featherweight.lab.report.records import Run
+from featherweight.lab.report.summary import Row, summarise
+from featherweight.lab.report.table import table
+
+__all__ = ["Report", "Row", "Run", "collect", "summarise", "table", "write"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``write`` has written.
+
+    Attributes:
+        html: the page.
+        pictures: PNG files next to it, in the order of the page.
+        rows: one a method and level, for ``table``.
+    """
+
+    html: Path
+    pictures: tuple[Path, ...]
+    rows: tuple[Row, ...]
+
+
+def write(runs: Sequence[Path], out: Path) -> Report:
+    """Write ``report.html`` and one PNG a picture into a folder; the same runs give the same bytes.
+
+    Args:
+        runs: identity directories, seed directories, or folders that hold identity directories
+            at any depth; unfinished runs are reported as far as they have come.
+        out: the folder to write into; made if it isn't there.
+
+    Raises:
+        ValueError: no run was found, or a file of a run is damaged.
+        OSError: ``out`` can't be written.
+    """
+    from featherweight.lab.report.page import page  # these two import matplotlib: late on purpose
+    from featherweight.lab.report.plots import draw
+
+    found = collect(runs)
+    rows, pictures = summarise(found), draw(found)
+    paths = tuple(out / f"{picture.name}.png" for picture in pictures)
+    for path, picture in zip(paths, pictures, strict=True):
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(picture.png)
+    html = out / "report.html"
+    write_text(html, page(found, rows, pictures))
+    return Report(html, paths, rows)

@@ -1,0 +1,424 @@
+"""A run: one recipe, one seed, one directory. Started again after an interruption, it goes on."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from filelock import FileLock, Timeout
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.optim import Optimizer
+
+from featherweight.common import atomic_path, cpu_state, write_text
+from featherweight.lab import checkpoint, cost
+from featherweight.lab.checkpoint import Checkpoint, Position
+from featherweight.lab.data import Batches, Data
+from featherweight.lab.data import load as load_data
+from featherweight.lab.data.seeding import derive_seed
+from featherweight.lab.errors import BadInput, RunFailed
+from featherweight.lab.fit import Diverged, Epoch, evaluate, make_optimizer, train
+from featherweight.lab.identity import identity
+from featherweight.lab.logs import Logs
+from featherweight.lab.machine import environment
+from featherweight.lab.models import build as build_model
+from featherweight.lab.parse import to_yaml
+from featherweight.lab.recipe import Recipe
+from featherweight.lab.schedule import schedule
+from featherweight.lab.stages import plan
+from featherweight.sparse import Level, Masks, Resume, hold
+from featherweight.sparse.hold import _innermost
+
+
+@dataclass(frozen=True)
+class Update:
+    """Progress of a run, for displays.
+
+    Attributes:
+        done, total: epochs over all levels.
+        text: where it stands, in words.
+    """
+
+    done: int
+    total: int
+    text: str
+
+
+Listener = Callable[[Update], None]
+
+
+def run_directory(out: Path, recipe: Recipe, seed: int) -> Path:
+    """Return where a run of a recipe lives."""
+    return out / identity(recipe) / f"seed-{seed}"
+
+
+def is_complete(directory: Path) -> bool:
+    """Tell whether the run in a directory has nothing left to do."""
+    return (directory / "result.json").is_file()
+
+
+def run(recipe: Recipe, seed: int, out: Path, listen: Listener = lambda _: None) -> Path:
+    """Run a recipe with one seed, or finish an interrupted run of it; a complete one is left alone.
+
+    Args:
+        recipe: what to do.
+        seed: initialisation, order of images, augmentation, random masks.
+        out: folder of all runs.
+        listen: called after every epoch.
+
+    Returns:
+        The run's directory.
+
+    Raises:
+        BadInput: the data or the model is not as the recipe says, or the directory is in use or
+            not writable.
+        RunFailed: training diverged, or the disk is full; the last checkpoint stays usable.
+    """
+    directory = run_directory(out, recipe, seed)
+    if is_complete(directory):
+        return directory
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_text(directory.parent / "recipe.yaml", to_yaml(recipe))
+        with _accelerator(recipe) as accelerator, _locked(directory, accelerator):
+            _Run(recipe, seed, directory, accelerator, listen).run()
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise BadInput(f"cannot write {error.filename or directory}: {error.strerror}") from error
+    except OSError as error:
+        text = f"{directory}: {error.strerror or error}; what was saved before is kept"
+        raise RunFailed(text) from error
+    return directory
+
+
+@contextmanager
+def _accelerator(recipe: Recipe) -> Iterator[Accelerator]:
+    """One Accelerator for the time of a run; process-wide torch settings are put back after."""
+    execute = recipe.execute
+    if execute.device not in ("auto", "cpu") and not torch.accelerator.is_available():
+        raise BadInput(f"execute.device: this machine has no {execute.device}")
+    threads, matmul = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    torch.set_num_threads(execute.threads or threads)
+    torch.set_float32_matmul_precision(execute.matmul_precision)
+    # Accelerate keeps its settings for the whole process; runs differ in theirs.
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    precision = "no" if execute.precision == "fp32" else execute.precision
+    try:
+        yield Accelerator(mixed_precision=precision, cpu=execute.device == "cpu")
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(matmul)
+
+
+@contextmanager
+def _locked(directory: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Keep other processes out of a run's directory; of several ranks the first holds the lock."""
+    if not accelerator.is_main_process:
+        yield
+        return
+    lock = FileLock(directory / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BadInput(f"{directory} is in use by another process") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class _Run:
+    """The state of one run while it is going."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        seed: int,
+        directory: Path,
+        accelerator: Accelerator,
+        listen: Listener,
+    ) -> None:
+        self.recipe, self.seed, self.directory = recipe, seed, directory
+        self.accelerator, self.listen = accelerator, listen
+        self.logs = Logs(directory)
+        self.saved = time.monotonic()
+
+    def run(self) -> None:
+        data = self._load_data()
+        self.batches = self._batches(data)
+        self.model = self._build(data)
+        self.start = cpu_state(self.model.state_dict())
+        self.image = torch.zeros(1, *data.shape)
+        found, refused = checkpoint.newest(self.directory / "checkpoints")
+        for line in refused:
+            self.listen(Update(0, 1, line))
+        if found is not None:
+            self.model.load_state_dict(dict(found.model))
+        self.model.to(self.accelerator.device)
+        if self.recipe.execute.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimizer = make_optimizer(self.model, self.recipe.fit)
+        levels = plan(self.recipe, self.model, optimizer, self.seed, _resume(found))
+        level = next(levels)
+        held = hold(self.model, optimizer, level.masks)
+        if found is not None:
+            checkpoint.restore_optimizer(optimizer, found.optimizer)
+        if self.accelerator.is_main_process:
+            self._begin(found)
+        self.accelerator.wait_for_everyone()
+        self.net, self.optimizer = self._prepare(optimizer)
+        while True:
+            held.update(level.masks)
+            self._train(level, found.position if found else None)
+            found = None
+            following = next(levels, None)
+            if following is None:
+                break
+            level = following
+        held.remove()
+        self._finish(level)
+
+    def _load_data(self) -> Data:
+        recipe = self.recipe.data
+        try:
+            return load_data(
+                recipe.name,
+                recipe.path,
+                validation=recipe.validation,
+                limit=recipe.limit,
+                seed=recipe.split_seed,
+            )
+        except ValueError as error:
+            raise BadInput(f"data: {error}") from error
+
+    def _build(self, data: Data) -> nn.Module:
+        recipe = self.recipe.model
+        try:
+            return build_model(
+                recipe.name,
+                classes=data.classes,
+                shape=data.shape,
+                seed=derive_seed(self.seed, "initialisation"),
+                **recipe.options,
+            )
+        except (ValueError, TypeError) as error:
+            raise BadInput(f"model: {error}") from error
+
+    def _batches(self, data: Data) -> dict[str, Batches]:
+        common: dict[str, Any] = {
+            "mean": data.mean,
+            "std": data.std,
+            "seed": self.seed,
+            "device": self.accelerator.device,
+            "rank": self.accelerator.process_index,
+            "world": self.accelerator.num_processes,
+        }
+        size = self.recipe.fit.batch_size
+        augment = self.recipe.data.augment
+        batches = {
+            "train": Batches(data.train, batch_size=size, augment=augment, shuffle=True, **common)
+        }
+        for name, split in {"validation": data.validation, "test": data.test}.items():
+            if len(split):
+                batches[name] = Batches(
+                    split, batch_size=max(size, 500), augment="none", shuffle=False, **common
+                )
+        return batches
+
+    def _prepare(self, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+        net = torch.compile(self.model) if self.recipe.execute.compile else self.model
+        prepared: tuple[nn.Module, Optimizer] = self.accelerator.prepare(net, optimizer)
+        return prepared
+
+    def _begin(self, found: Checkpoint | None) -> None:
+        self.logs.cut(found.logs if found else {})
+        execute = self.recipe.execute
+        row = environment(self.accelerator.device, execute.precision, execute.matmul_precision)
+        write_text(self.directory / "environment.json", json.dumps(row, indent=1) + "\n")
+
+    def _train(self, level: Level, position: Position | None) -> None:
+        if position is not None and position.finished:
+            return
+        fit = self.recipe.fit
+        per_epoch = len(self.batches["train"])
+        length = self.recipe.sparse.rewind if level.warmup else fit.length
+        assert length is not None
+        plan = schedule(fit, length.steps(per_epoch), per_epoch)
+        epochs = train(
+            self.net,
+            self.optimizer,
+            self.batches["train"],
+            fit,
+            plan,
+            self.accelerator,
+            level=level.index,
+            seed=self.seed,
+            epochs_done=position.epochs if position else 0,
+        )
+        done = Position(level.index, 0, 0)
+        try:
+            for epoch in epochs:
+                done = Position(level.index, epoch.epoch + 1, epoch.steps)
+                self._after_epoch(level, epoch, -(-plan.steps // per_epoch))
+        except Diverged as error:
+            raise RunFailed(f"{error}; {self._last_good()}") from None
+        self._after_level(level, done)
+
+    def _after_epoch(self, level: Level, epoch: Epoch, epochs: int) -> None:
+        validation: tuple[float | None, float | None] = (None, None)
+        if "validation" in self.batches:
+            validation = evaluate(self.net, self.batches["validation"], self.accelerator)
+        if not self.accelerator.is_main_process:
+            return
+        stage = _stage(level)
+        row = {"stage": stage, "level": level.index, "epoch": epoch.epoch, "steps": epoch.steps}
+        row |= {"train_loss": epoch.loss, "train_accuracy": epoch.accuracy}
+        row |= {"learning_rate": epoch.learning_rate}
+        row |= {"validation_loss": validation[0], "validation_accuracy": validation[1]}
+        self.logs.append("metrics", row)
+        timing = {"seconds": epoch.seconds, "step_seconds": epoch.step_seconds}
+        self.logs.append("timing", {"stage": stage, "epoch": epoch.epoch, **timing})
+        done = (level.index * epochs if level.index > 0 else 0) + epoch.epoch + 1
+        text = f"{level}: loss {epoch.loss:.3f}"
+        self.listen(Update(done, (level.last + 1) * epochs, text))
+        last = epoch.epoch + 1 == epochs
+        if not last and time.monotonic() - self.saved >= self.recipe.execute.checkpoint_seconds:
+            self._save(level, Position(level.index, epoch.epoch + 1, epoch.steps))
+
+    def _after_level(self, level: Level, done: Position) -> None:
+        """Measure the level's final model on the test set, once, and write it."""
+        loss, accuracy = evaluate(self.net, self.batches["test"], self.accelerator)
+        self._check_ranks(level.masks)
+        if self.accelerator.is_main_process:
+            row = {"stage": _stage(level), "level": level.index} | self._measure(level)
+            self.logs.append("levels", row | {"test_accuracy": accuracy, "test_loss": loss})
+            self._save(level, Position(level.index, done.epochs, done.steps, finished=True))
+        self.accelerator.wait_for_everyone()
+
+    def _measure(self, level: Level) -> dict[str, Any]:
+        masks, state = level.masks.to("cpu"), cpu_state(self.model.state_dict())
+        folder = self.directory / _stage(level)
+        with atomic_path(folder / "model.safetensors") as temporary:
+            save_file({n: t.clone() for n, t in state.items()}, temporary)
+        masks.save(folder / "masks.safetensors")
+        packed = cost.save_packed(folder / "packed.safetensors", state, masks)
+        image = self.image.to(self.accelerator.device)
+        flops, dense_flops = cost.flops(self.model, level.masks, image)
+        before = self.directory / f"level-{level.index - 1:02d}" / "model.safetensors"
+        flips = masks.sign_flips(self.start, state)
+        return {
+            "density": masks.density,
+            "nonzeros": masks.nonzeros,
+            "prunable": masks.numel,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "layers": [
+                {
+                    "name": n,
+                    "numel": masks[n].numel(),
+                    "nonzeros": c,
+                    "density": c / masks[n].numel(),
+                }
+                for n, c in masks.counts().items()
+            ],
+            "flips_from_start": _flips(flips),
+            "flips_from_previous": _flips(masks.sign_flips(load_file(before), state))
+            if before.is_file()
+            else None,
+            "flops": flops,
+            "dense_flops": dense_flops,
+            "bytes": packed,
+            "dense_bytes": (folder / "model.safetensors").stat().st_size,
+        }
+
+    def _check_ranks(self, masks: Masks) -> None:
+        """Refuse to go on if ranks have come to different masks."""
+        if self.accelerator.num_processes == 1:
+            return
+        packed = torch.cat([m.flatten() for m in masks.values()]).to(self.accelerator.device)
+        kept = self.accelerator.reduce(packed.int(), "sum")
+        if not bool(((kept == 0) | (kept == self.accelerator.num_processes)).all()):
+            raise RunFailed("the masks differ between ranks")
+
+    def _save(self, level: Level, position: Position) -> None:
+        resume = level.resume
+        checkpoint.save(
+            self.directory / "checkpoints",
+            Checkpoint(
+                position,
+                self.model.state_dict(),
+                _innermost(self.optimizer).state_dict(),
+                level.masks,
+                resume.rewind,
+                resume.generator_state,
+                resume.optimizer,
+                self.logs.lengths(),
+            ),
+        )
+        self.saved = time.monotonic()
+
+    def _last_good(self) -> str:
+        found, _ = checkpoint.newest(self.directory / "checkpoints")
+        if found is None:
+            return "no checkpoint was made before"
+        p = found.position
+        return f"the last good checkpoint is level {p.level}, epoch {p.epochs}, in {self.directory}"
+
+    def _finish(self, level: Level) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        last = self.logs.read("levels")[-1]
+        result = {
+            "complete": True,
+            "test_accuracy": last["test_accuracy"],
+            "density": last["density"],
+            "seconds": sum(row["seconds"] for row in self.logs.read("timing")),
+        }
+        tensorboard(self.logs, self.directory / "tensorboard")
+        write_text(self.directory / "result.json", json.dumps(result, indent=1) + "\n")
+        checkpoint.discard(self.directory / "checkpoints")
+
+
+def tensorboard(logs: Logs, folder: Path) -> None:
+    """Write the metrics as TensorBoard events, from the log alone: resuming can't double them."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    for old in folder.glob("events.*"):
+        old.unlink()
+    with SummaryWriter(str(folder)) as writer:
+        step, before = 0, {"stage": "", "steps": 0}
+        for row in logs.read("metrics"):
+            step += row["steps"] - (before["steps"] if before["stage"] == row["stage"] else 0)
+            before = row
+            for key, value in row.items():
+                if isinstance(value, float):
+                    writer.add_scalar(key.replace("_", "/", 1), value, step)
+        for row in logs.read("levels"):
+            writer.add_scalar("test/accuracy", row["test_accuracy"], row["level"])
+            writer.add_scalar("level/density", row["density"], row["level"])
+
+
+def _stage(level: Level) -> str:
+    return "warmup" if level.warmup else f"level-{level.index:02d}"
+
+
+def _flips(flips: Any) -> dict[str, int]:
+    return {"kept": sum(flips.kept.values()), "flipped": sum(flips.flipped.values())}
+
+
+def _resume(found: Checkpoint | None) -> Resume | None:
+    if found is None:
+        return None
+    return Resume(
+        found.position.level,
+        found.masks,
+        found.rewind,
+        found.generator_state,
+        found.optimizer_rewind,
+    )

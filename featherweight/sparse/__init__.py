@@ -5,6 +5,7 @@ how many each layer keeps, the **schedule** when and how much is pruned, the **l
 the user's own training. `Masks` are the data they pass around, `hold` keeps them in force.
 """
 
+from featherweight.sparse import tickets
 from featherweight.sparse.criteria import CRITERIA, score
 from featherweight.sparse.density import DENSITIES, allocate, kept_counts
 from featherweight.sparse.flow import Health, Repair, health, on_path, repair
@@ -24,6 +25,7 @@ from featherweight.sparse.loops import (
 )
 from featherweight.sparse.masks import Masks, Overlap, SignFlips
 from featherweight.sparse.prune import magnitude, prune, random
+from featherweight.sparse.reparam import edge_popup, fold
 from featherweight.sparse.select import select, top_k
 from featherweight.sparse.signs import hold_signs, perturb_signs_, train_only_norms_
 
@@ -49,6 +51,10 @@ __all__ = [
     "level_counts",
     "snapshot",
     "signs_from",
+    # strong tickets
+    "edge_popup",  # frozen weights, trained scores
+    "fold",  # back to a plain model
+    "tickets",  # constructions: networks found inside random ones
     # pieces
     "score",  # weights -> scores
     "select",  # scores -> masks

@@ -138,6 +138,12 @@ def test_failure_names_the_missing_connection():
     with pytest.raises(MissingConnectionError, match="source layer") as caught:
         represent(target, [1.0, 1e-9, 1.0], widths=[3, 4, 2], seed=0)
     assert (caught.value.layer, caught.value.unit, caught.value.input) == (2, 0, 0)
+    with torch.no_grad():  # zero weights need no edge
+        target[0].weight[0] = 0
+        target[0].weight[1, :2] = 0
+    with pytest.raises(MissingConnectionError) as caught:
+        represent(target, [1.0, 1e-9, 1.0], widths=[3, 4, 2], seed=0)
+    assert (caught.value.layer, caught.value.unit, caught.value.input) == (2, 1, 2)
     with pytest.raises(MissingConnectionError) as caught:
         represent(target, [1.0, 1.0, 1e-9], widths=[3, 4, 2], seed=0)
     assert caught.value.layer == 3

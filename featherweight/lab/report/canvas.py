@@ -116,14 +116,16 @@ def figure(height: float) -> Figure:
     return Figure(figsize=(WIDTH, height), layout=layout)
 
 
-def band(axes: Axes, points: Curve, look: Look, linewidth: float = 1.8) -> None:
-    """Draw the mean as a line, and where seeds differ, smallest to largest as a band."""
-    marker = look.marker or ("o" if len(points.x) == 1 else "")  # one point makes no line
+def curve(axes: Axes, points: Curve, look: Look, linewidth: float = 1.8) -> None:
+    """Draw the mean as a line, and smallest to largest as a band; of one point, an error bar."""
+    if len(points.x) == 1:
+        _error_bar(axes, points, look)
+        return
     axes.plot(
         points.x,
         points.mean,
         color=look.colour,
-        marker=marker,
+        marker=look.marker,
         linestyle=look.dash,
         linewidth=linewidth,
         zorder=3,
@@ -132,6 +134,21 @@ def band(axes: Axes, points: Curve, look: Look, linewidth: float = 1.8) -> None:
         axes.fill_between(
             points.x, points.low, points.high, color=look.colour, alpha=0.22, linewidth=0
         )
+
+
+def _error_bar(axes: Axes, points: Curve, look: Look) -> None:
+    axes.errorbar(
+        points.x,
+        points.mean,
+        yerr=[
+            [max(0.0, points.mean[0] - points.low[0])],
+            [max(0.0, points.high[0] - points.mean[0])],
+        ],
+        color=look.colour,
+        fmt=look.marker or "o",
+        capsize=3 if points.low != points.high else 0,
+        zorder=3,
+    )
 
 
 def legend(drawn: Figure, names: Sequence[str], looks: Sequence[Look]) -> None:

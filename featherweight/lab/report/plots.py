@@ -16,6 +16,7 @@ from matplotlib.ticker import (
     LogLocator,
     MaxNLocator,
     NullLocator,
+    PercentFormatter,
 )
 
 from featherweight.lab.report.canvas import (
@@ -24,7 +25,7 @@ from featherweight.lab.report.canvas import (
     STYLE,
     Look,
     Picture,
-    band,
+    curve,
     figure,
     legend,
     render,
@@ -42,7 +43,6 @@ from featherweight.lab.report.summary import (
 from featherweight.lab.report.text import three
 
 Styled = Sequence[tuple[Run, Look]]
-PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.6g} %")
 
 
 @dataclass(frozen=True)
@@ -83,32 +83,16 @@ def _rate(epoch: Epoch) -> float | None:
 def _accuracy(styled: Styled) -> Figure:
     drawn = figure(4.4)
     axes = drawn.subplots()
-    for run, look in styled:
-        points = accuracy_against_density(run)
-        if len(points.x) > 1:
-            band(axes, points, look)
-        else:
-            _error_bar(axes, points, look)
-    _density_axis(axes, [x for run, _ in styled for x in accuracy_against_density(run).x])
-    axes.yaxis.set_major_formatter(PERCENT)
+    curves = [accuracy_against_density(run) for run, _ in styled]
+    for points, (_, look) in zip(curves, styled, strict=True):
+        curve(axes, points, look)
+        if points.x == (1.0,):
+            axes.axhline(points.mean[0], color=look.colour, linestyle=":", linewidth=1.2, zorder=1)
+    _density_axis(axes, [x for points in curves for x in points.x])
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None, symbol=" %"))
     axes.set_ylabel("test accuracy")
-    _legend(drawn, [(run, _as_drawn(accuracy_against_density(run), look)) for run, look in styled])
+    _legend(drawn, styled, curves)
     return drawn
-
-
-def _as_drawn(points: Curve, look: Look) -> Look:
-    """One density alone makes no line, a dense one the dotted line."""
-    dense = points.x == (1.0,)
-    return look if len(points.x) > 1 else replace(look, dash=":" if dense else "none")
-
-
-def _error_bar(axes: Axes, points: Curve, look: Look) -> None:
-    low, high = points.mean[0] - points.low[0], points.high[0] - points.mean[0]
-    spread = [[max(low, 0.0)], [max(high, 0.0)]]
-    style = {"fmt": look.marker, "color": look.colour, "capsize": 3, "markersize": 7}
-    axes.errorbar(points.x, points.mean, yerr=spread, zorder=3, **style)  # type: ignore[arg-type]
-    if points.x[0] == 1.0:
-        axes.axhline(points.mean[0], color=look.colour, linestyle=":", linewidth=1.2, zorder=1)
 
 
 def _density_axis(axes: Axes, densities: Sequence[float]) -> None:
@@ -135,8 +119,8 @@ def _loss(styled: Styled) -> Figure:
     shown: list[float] = []
     for (run, look), axes in zip(styled, panels, strict=True):
         train, validation = over_epochs(run, _train_loss), over_epochs(run, _validation_loss)
-        band(axes, train, Look(look.colour, "", "-"))
-        band(axes, validation, Look(MUTED, "", "-"), linewidth=1.3)
+        curve(axes, train, Look(look.colour, "", "-"))
+        curve(axes, validation, Look(MUTED, "", "-"), linewidth=1.3)
         shown += [*train.mean, *validation.mean]
     _loss_axis(panels, shown)
     handles = [
@@ -163,7 +147,7 @@ def _loss_axis(panels: Sequence[Axes], shown: Sequence[float]) -> None:
 def _learning_rate(styled: Styled) -> Figure:
     drawn, panels = _panels(styled, height=1.7)
     for (run, look), axes in zip(styled, panels, strict=True):
-        band(axes, over_epochs(run, _rate), Look(look.colour, "", "-"), linewidth=1.3)
+        curve(axes, over_epochs(run, _rate), Look(look.colour, "", "-"), linewidth=1.3)
         axes.set_ylim(bottom=0)
         if axes.get_subplotspec().is_first_col():  # type: ignore[union-attr]
             axes.set_ylabel("learning rate")
@@ -247,19 +231,24 @@ def _flips(styled: Styled) -> Figure:
     ):
         for run, look in styled:
             points = sign_flips(run, since)
-            band(axes, points, look)
+            curve(axes, points, look)
         axes.set_title(words)
         axes.set_xlabel("level")
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
-        axes.yaxis.set_major_formatter(PERCENT)
-        axes.set_ylim(bottom=0)
-    drawn.axes[0].set_ylabel("kept weights with another sign")
-    _legend(drawn, styled)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None, symbol=" %"))
+    first = drawn.axes[0]
+    first.set_ylim(bottom=-0.03 * first.get_ylim()[1])  # whole markers at zero
+    first.set_ylabel("kept weights with another sign")
+    _legend(drawn, styled, [sign_flips(run, "start") for run, _ in styled])
     return drawn
 
 
-def _legend(drawn: Figure, styled: Styled) -> None:
-    legend(drawn, [run.name for run, _ in styled], [look for _, look in styled])
+def _legend(drawn: Figure, styled: Styled, curves: Sequence[Curve]) -> None:
+    looks = [
+        look if len(points.x) > 1 else replace(look, dash="none")
+        for points, (_, look) in zip(curves, styled, strict=True)
+    ]
+    legend(drawn, [run.name for run, _ in styled], looks)
 
 
 PLOTS = (

@@ -31,10 +31,7 @@ CONSTANT = 0.5
 
 
 class EdgePopup(Reparametrization):
-    """Parametrization of one weight: keeps the ``kept`` edges of its support with the best scores.
-
-    ``scores`` and the bool ``support`` have the weight's shape.
-    """
+    """Keeps the ``kept`` best scored edges of a support; scores and support have W's shape."""
 
     support: Tensor
 

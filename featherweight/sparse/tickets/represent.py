@@ -9,7 +9,7 @@ with probability ``(1 - p_{l+1})^rho_{l-1}``.
 Source: A. Gadhikar, S. Mukherjee and R. Burkholz, "Why Random Pruning Is All We Need to Start
 Sparse", ICML 2023, arXiv 2210.02412, the representation theorem of depth L + 1 and the lower bound.
 The constants are those of a union bound over all copies. A copy that lacks an edge is left unused
-here, so building fails far less often than ``delta``.
+here, so building fails less often than ``delta``.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ class Run:
     """
 
     recipes: Annotated[Positional[tuple[str, ...]], arg(metavar="RECIPE ... [KEY=VALUE ...]")]
-    """Shipped names or YAML files, and overrides for all of them (see featherweight show fields)."""
+    """Shipped names or YAML files, and overrides for all (see `featherweight show fields`)."""
     out: Annotated[Path, arg(metavar="FOLDER")] = Path("runs")
     """Folder of all runs."""
     jobs: Jobs = 1

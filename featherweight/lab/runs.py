@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +242,11 @@ class _Run:
         self.logs.cut(found.logs if found else {})
         execute = self.recipe.execute
         row = environment(self.accelerator.device, execute.precision, execute.matmul_precision)
-        write_text(self.directory / "environment.json", json.dumps(row, indent=1) + "\n")
+        path = self.directory / "environment.json"
+        row["started"] = datetime.now(UTC).isoformat(timespec="seconds")
+        if found is not None and path.is_file():
+            row["started"] = json.loads(path.read_text("utf-8")).get("started", row["started"])
+        write_text(path, json.dumps(row, indent=1) + "\n")
 
     def _train(self, level: Level, position: Position | None) -> None:
         if position is not None and position.finished:

@@ -220,7 +220,9 @@ def threads(device: torch.device, rounds: int, cores: int) -> list[Comparison]:
         Candidate("all", product, partial(_thread_count, cores)),
     ]
     times = alternate(candidates, rounds, cpu)
-    return [compare("threads", f"matmul, {cores} threads", "1 thread", times["all"], times["one"])]
+    return [
+        compare("threads", f"matmul on {cores} threads", "1 thread", times["all"], times["one"])
+    ]
 
 
 def adamw(device: torch.device, rounds: int) -> list[Comparison]:
@@ -230,9 +232,7 @@ def adamw(device: torch.device, rounds: int) -> list[Comparison]:
         Candidate("fused", _adamw_step(device, fused=True)),
     ]
     times = alternate(candidates, rounds, device)
-    return [
-        compare("adamw-fused", "AdamW step, fused", "foreach", times["fused"], times["foreach"])
-    ]
+    return [compare("adamw-fused", "fused AdamW step", "foreach", times["fused"], times["foreach"])]
 
 
 def _adamw_step(

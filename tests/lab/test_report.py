@@ -497,6 +497,9 @@ def test_losses_that_are_not_numbers_or_zero_are_drawn_around(run: Path) -> None
     lines = [epoch_line(0, epoch, 0) for epoch in range(3)]
     lines[0]["train_loss"], lines[1]["train_loss"] = float("nan"), 0.0
     jsonl(run / "seed-0" / "metrics.jsonl", lines)
+    (found,) = collect([run])
+    loss = over_epochs(found, lambda epoch: epoch.train_loss)
+    assert loss.mean[:2] == pytest.approx((2.15, (0.0 + 1.1 + 1.2) / 3))  # seeds 1, 2; all three
     assert "loss" in [picture.name for picture in draw(collect([run]))]
 
 

@@ -94,12 +94,12 @@ def render(name: str, title: str, caption: str, drawn: Figure) -> Picture:
     """Render a figure to both forms; equal figures give equal bytes."""
     png, svg = io.BytesIO(), io.StringIO()
     drawn.savefig(png, format="png", dpi=160, metadata={"Software": None})
-    drawn.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+    drawn.savefig(svg, format="svg")
     return Picture(name, title, caption, png.getvalue(), _inline(svg.getvalue(), name, title))
 
 
 def _inline(svg: str, name: str, title: str) -> str:
-    """Fit an SVG into a page: own ids, sizes from the page, colours from its variables."""
+    """Fit an SVG into a page: no date, own ids, the page's sizes and its variables as colours."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)

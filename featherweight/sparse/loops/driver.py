@@ -180,6 +180,8 @@ def iterate(
     dense = Masks.dense(model, include, exclude)
     start = dense if support is None else support
     dense.check(start)
+    if levels is not None and not (density is None and sparsity is None):
+        raise ValueError("give exactly one of density= (or sparsity=) and levels=")
     wish = None if levels is not None else kept_density(density, sparsity)
     counts = level_counts(dense.numel, per_level, density=wish, levels=levels, start=start.nonzeros)
     resets = [reset] if isinstance(reset, str) or callable(reset) else list(reset)

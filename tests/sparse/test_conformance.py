@@ -1,0 +1,201 @@
+"""What every registered method must do: a new method is tested by being registered."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from featherweight import sparse
+from featherweight.sparse import CRITERIA, DENSITIES, LOOPS, RESETS, Masks, hold, score, select
+from tests.models import ConvNet, mlp, train_steps
+
+REGISTRIES = {"criteria": CRITERIA, "densities": DENSITIES, "loops": LOOPS, "resets": RESETS}
+MODELS = {"mlp": mlp, "convnet": ConvNet}
+
+
+@pytest.mark.parametrize("kind", REGISTRIES)
+def test_rows_are_complete(kind):
+    for name, entry in REGISTRIES[kind].items():
+        assert entry.name == name
+        assert entry.summary
+        assert entry.summary[0].islower()
+        assert entry.method.__doc__
+        with pytest.raises(ValueError, match="registered already"):
+            REGISTRIES[kind].register(name, "again")(entry.method)
+
+
+def scores(criterion, model, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return score(criterion, Masks.dense(model).weights(model), generator=generator)
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("criterion", CRITERIA)
+class TestCriteria:
+    def test_scores_fit_the_weights_and_leave_the_model_alone(self, criterion, model):
+        net = model()
+        before, mode = copy.deepcopy(net.state_dict()), net.training
+        random_state = torch.get_rng_state()
+        found = scores(criterion, net)
+        Masks.dense(net).check(found)
+        assert all(s.isfinite().all() and not s.requires_grad for s in found.values())
+        assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
+        assert net.training == mode
+        assert torch.equal(torch.get_rng_state(), random_state)
+
+    def test_seeds_reproduce(self, criterion, model):
+        net = model()
+        first, second = scores(criterion, net), scores(criterion, net)
+        assert all(torch.equal(first[n], second[n]) for n in first)
+
+    def test_nan_weights_are_named(self, criterion, model):
+        net = model()
+        name, weight = list(Masks.dense(net).weights(net).items())[1]
+        with torch.no_grad():
+            weight.view(-1)[3] = float("nan")
+        with pytest.raises(ValueError, match=f"weights of '{name}' hold NaN"):
+            scores(criterion, net)
+
+    @pytest.mark.parametrize("scope", ["global", "layer", *DENSITIES])
+    def test_counts_are_exact_in_every_scope(self, criterion, model, scope):
+        net = model()
+        found = scores(criterion, net)
+        support = sparse.random(net, 0.7, seed=3)
+        for density in (1.0, 0.5, 0.1, 0.013):
+            masks = select(found, density, scope)
+            assert masks.nonzeros == round(density * masks.numel)
+            if density < 0.6:
+                inside = select(found, density, scope, support=support)
+                assert inside <= support
+                assert inside.nonzeros == masks.nonzeros
+
+
+@pytest.mark.parametrize("rule", [*DENSITIES, "global"])
+class TestRandomMasks:
+    def test_the_seed_decides_not_weights_nor_dtype(self, rule):
+        masks = sparse.random(mlp(), 0.1, rule, seed=4)
+        assert masks == sparse.random(mlp(seed=9).double(), 0.1, rule, seed=4)
+        generator = torch.Generator().manual_seed(4)
+        assert masks == sparse.random(mlp(), 0.1, rule, generator=generator)
+        assert masks != sparse.random(mlp(), 0.1, rule, seed=5)
+
+    def test_seed_or_generator(self, rule):
+        with pytest.raises(ValueError, match="exactly one of seed= and generator="):
+            sparse.random(mlp(), 0.1, rule)
+        with pytest.raises(ValueError, match="exactly one of seed= and generator="):
+            sparse.random(mlp(), 0.1, rule, seed=0, generator=torch.Generator())
+
+    def test_bernoulli_counts_fluctuate_around_the_share(self, rule):
+        model = mlp(60)
+        drawn = [
+            sparse.random(model, 0.2, rule, seed=s, sampling="bernoulli").counts()
+            for s in range(40)
+        ]
+        shapes = {n: m.shape for n, m in Masks.dense(model).items()}
+        wanted = sparse.allocate(shapes, 0.2, "uniform" if rule == "global" else rule)
+        for name, shape in shapes.items():
+            size, p = shape.numel(), wanted[name]
+            counts = torch.tensor([float(d[name]) for d in drawn])
+            deviation = (size * p * (1 - p)) ** 0.5
+            assert (counts - size * p).abs().max() <= 5 * deviation + 1e-6
+            assert abs(counts.mean() - size * p) <= 5 * deviation / 40**0.5 + 1e-6
+            if 0.01 < p < 0.99:
+                assert counts.std() > 0.3 * deviation
+
+    def test_support_is_respected(self, rule):
+        model = mlp()
+        support = sparse.random(model, 0.5, "balanced", seed=0)
+        for sampling in ("exact", "bernoulli"):
+            found = sparse.random(model, 0.1, rule, seed=1, support=support, sampling=sampling)
+            assert found <= support
+        assert sparse.random(model, 0.1, rule, seed=1, support=support).nonzeros == round(
+            0.1 * support.numel
+        )
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("loop", LOOPS)
+class TestLoops:
+    def levels(self, loop, net, optimizer=None, **options):
+        return LOOPS[loop].method(net, 0.1, 0.5, optimizer=optimizer, **options)
+
+    def test_a_whole_run(self, loop, model):
+        net = model()
+        inputs = (8, 16) if model is mlp else (4, 3, 8, 8)
+        keys = list(net.state_dict())
+        optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
+        held, before, prunable = None, None, Masks.dense(net).numel
+        for level in self.levels(loop, net, optimizer):
+            if held is None:
+                held = hold(net, optimizer, level.masks)
+            held.update(level.masks)
+            assert Masks.nonzero(net) <= level.masks
+            assert before is None or level.masks <= before
+            if level.index >= 0 and not level.final:
+                assert level.masks.nonzeros == round(0.5**level.index * prunable)
+            train_steps(net, optimizer, 2, inputs=inputs)
+            assert Masks.nonzero(net) <= level.masks
+            before = level.masks
+        assert level.masks.nonzeros == round(0.1 * prunable)
+        assert list(net.state_dict()) == keys
+
+    def test_nothing_happens_before_the_first_level(self, loop, model):
+        net = model()
+        before = copy.deepcopy(net.state_dict())
+        levels = self.levels(loop, net, support=sparse.random(net, 0.5, seed=0))
+        assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
+        next(levels)
+        assert Masks.nonzero(net).density <= 0.5
+
+    def test_masks_do_not_depend_on_compilation(self, loop, model):
+        plain = model()
+        net = copy.deepcopy(plain)
+        compiled = torch.compile(net, backend="eager")
+        for a, b in zip(self.levels(loop, plain), self.levels(loop, compiled), strict=True):
+            assert a.masks == b.masks
+
+
+GUARD = """
+import importlib.abc, sys
+
+class Guard(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        root = name.partition(".")[0]
+        if root in {forbidden}:
+            raise ImportError(f"{{name}} is not a core dependency")
+
+sys.meta_path.insert(0, Guard())
+import featherweight
+from featherweight import sparse
+model = __import__("torch").nn.Linear(8, 8)
+sparse.random(model, 0.5, seed=0).apply_(model)
+assert not any(name.startswith("featherweight.lab") for name in sys.modules)
+print("ok")
+"""
+
+
+def test_the_rooms_need_nothing_but_the_core():
+    extras = (
+        "accelerate datasets filelock matplotlib PIL pydantic yaml rich sklearn scipy tensorboard "
+        "tyro transformers"
+    ).split()
+    extras.remove("filelock")  # torch's own dependency
+    code = GUARD.format(forbidden=set(extras))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "ok", done.stderr
+
+
+def test_rooms_import_neither_each_other_nor_the_lab():
+    from pathlib import Path
+
+    rooms = ["init", "sparse", "optim", "depth", "quant", "federated"]
+    root = Path(sparse.__file__).parent.parent
+    for room in rooms:
+        others = [f"featherweight.{other}" for other in [*rooms, "lab"] if other != room]
+        for file in (root / room).rglob("*.py") if (root / room).is_dir() else ():
+            text = file.read_text(encoding="utf-8")
+            assert not [
+                name for name in others if f"from {name}" in text or f"import {name}" in text
+            ]

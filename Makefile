@@ -28,7 +28,7 @@ bench: $(READY)
 
 # Regenerates docs/results/ from training runs; DATA is the folder that holds cifar10/.
 results: $(READY)
-	$(BIN)/python -m docs.results DATA=$(DATA)
+	$(BIN)/python -m benchmarks.results $(if $(DATA),--data $(DATA))
 
 # torch goes in first and is then pinned to exactly the build that was installed (or already there
 # with VENV_FLAGS=--system-site-packages), so that no other package can replace it.

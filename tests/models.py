@@ -16,7 +16,7 @@ def mlp(width: int = 24, norm: bool = True, seed: int = 0) -> nn.Sequential:
 
 
 class ConvNet(nn.Module):
-    """Convolutions with groups, dilation, a residual sum, pooling, norms, an embedding and a tied head."""
+    """Groups, dilation, a residual sum, pooling, a norm, an embedding and a tied head."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from featherweight.common import unwrap
 from featherweight.sparse.masks import Masks
+
+# Where weight, gradient and state of an entry are zero, a step of these leaves them zero, so that
+# state need not be zeroed again after a step whose gradients nobody touched since they were masked.
+KEEPS_ZEROS: tuple[type[Optimizer], ...] = (
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.Adagrad,
+)
 
 
 class Hold:
@@ -27,6 +38,8 @@ class Hold:
         trained = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
         if not any(id(weight) in trained for weight in self._weights.values()):
             raise ValueError("the optimizer trains none of the masked weights")
+        self._masked: dict[int, tuple[Tensor, int]] = {}
+        self._untouched = False
         self._set(masks)
         self.rezero_()
         self._handles: list[Any] = [
@@ -34,10 +47,13 @@ class Hold:
             for weight in self._weights.values()
             if weight.requires_grad
         ]
-        self._handles.append(self._optimizer.register_step_post_hook(lambda *_: self.rezero_()))
-        self._handles.append(
-            self._model.register_load_state_dict_post_hook(lambda *_: self.rezero_())
-        )
+        rezero = lambda *_: self.rezero_()  # noqa: E731
+        self._handles += [
+            self._optimizer.register_step_pre_hook(self._before_step),
+            self._optimizer.register_step_post_hook(self._after_step),
+            self._optimizer.register_load_state_dict_post_hook(rezero),
+            self._model.register_load_state_dict_post_hook(rezero),
+        ]
 
     @property
     def masks(self) -> Masks:
@@ -63,18 +79,39 @@ class Hold:
         gradient = weight.grad
         if gradient is not None:
             gradient.mul_(self._factor(weight).to(gradient.dtype))
+            self._masked[id(weight)] = gradient, gradient._version
 
-    @torch.no_grad()
+    def _before_step(self, _: Optimizer, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        closure = arguments or any(value is not None for value in named.values())
+        self._untouched = type(self._optimizer) in KEEPS_ZEROS and not closure
+        for weight in self._weights.values():
+            gradient, version = self._masked.get(id(weight), (None, 0))
+            if weight.grad is not None:
+                same = weight.grad is gradient and gradient._version == version
+                self._untouched = self._untouched and same
+        self._masked.clear()
+
+    def _after_step(self, *_: object) -> None:
+        if self._untouched:
+            self._rezero(self._weights.values(), with_state=False)
+        else:
+            self.rezero_()
+
     def rezero_(self) -> None:
         """Set masked weights and the optimizer's state of masked weights to zero.
 
-        Runs by itself after every optimizer step and after a state dict is loaded.
+        Runs by itself when the hold begins, after every optimizer step that could have changed
+        them, and after a state dict is loaded into the model or the optimizer.
         """
+        self._rezero(self._weights.values(), with_state=True)
+
+    @torch.no_grad()
+    def _rezero(self, weights: Iterable[Tensor], *, with_state: bool) -> None:
         tensors: list[Tensor] = []
         factors: list[Tensor] = []
-        for weight in self._weights.values():
+        for weight in weights:
             factor = self._factor(weight)
-            state = self._optimizer.state.get(weight, {})
+            state = self._optimizer.state.get(weight, {}) if with_state else {}
             for tensor in (weight, *elementwise_state(weight, state).values()):
                 tensors.append(tensor)
                 factors.append(factor if factor.dtype == tensor.dtype else factor.to(tensor.dtype))
@@ -126,11 +163,12 @@ class Hold:
 def hold(model: nn.Module, optimizer: Optimizer, masks: Masks) -> Hold:
     """Keep the masked weights of a model at exact zero from now on.
 
-    Three hooks do it, so that the model's class, parameters and state-dict keys stay as they are:
+    Hooks do it, so that the model's class, parameters and state-dict keys stay as they are:
     gradients are masked as they accumulate (clipping by global norm sees masked gradients), and
-    masked weights and their optimizer state are zeroed after each optimizer step and after a
-    state dict is loaded. Works with any optimizer whose state is elementwise, with gradient
-    accumulation, ``GradScaler``, closures, compiled models and data-parallel training.
+    masked weights and their optimizer state are zeroed after each optimizer step (the state only
+    where the step can have changed it) and after a state dict is loaded. Works with any optimizer
+    whose state is elementwise, with gradient accumulation, ``GradScaler``, closures, compiled
+    models and data-parallel training.
 
     Args:
         model: the model, wrapped or not.
@@ -159,7 +197,9 @@ def elementwise_state(weight: Tensor, state: Mapping[str, Any]) -> dict[str, Ten
 def _like(mask: Tensor, weight: Tensor) -> Tensor:
     """Bring a mask to a weight's device, dtype and, for sharded weights, placement."""
     factor = mask.to(device=weight.device, dtype=weight.dtype)
-    if isinstance(weight, DTensor):
+    if hasattr(weight, "placements"):
+        from torch.distributed.tensor import distribute_tensor  # slow to import, rarely needed
+
         return distribute_tensor(factor, weight.device_mesh, weight.placements)
     return (
         factor.contiguous(memory_format=torch.contiguous_format)

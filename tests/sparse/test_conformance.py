@@ -167,8 +167,12 @@ class Guard(importlib.abc.MetaPathFinder):
             raise ImportError(f"{{name}} is not a core dependency")
 
 sys.meta_path.insert(0, Guard())
+import safetensors.torch
+before = set(sys.modules)
 import featherweight
 from featherweight import sparse
+added = {{name.partition(".")[0] for name in set(sys.modules) - before}}
+assert added <= {{"featherweight", *sys.stdlib_module_names}}, added  # nothing slow comes along
 model = __import__("torch").nn.Linear(8, 8)
 sparse.random(model, 0.5, seed=0).apply_(model)
 assert not any(name.startswith("featherweight.lab") for name in sys.modules)
@@ -177,12 +181,8 @@ print("ok")
 
 
 def test_the_rooms_need_nothing_but_the_core():
-    extras = (
-        "accelerate datasets filelock matplotlib PIL pydantic yaml rich sklearn scipy tensorboard "
-        "tyro transformers"
-    ).split()
-    extras.remove("filelock")  # torch's own dependency
-    code = GUARD.format(forbidden=set(extras))
+    lab = {"accelerate", "datasets", "matplotlib", "PIL", "pydantic", "yaml", "rich", "sklearn"}
+    code = GUARD.format(forbidden=lab | {"scipy", "tensorboard", "tyro", "transformers"})
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "ok", done.stderr
 

@@ -1,5 +1,6 @@
-"""Density rules: golden values of the published formulas, exactness, and their defining properties."""
+"""Density rules: golden values of the published formulas, exactness, defining properties."""
 
+import itertools
 from math import prod
 
 import pytest
@@ -71,7 +72,7 @@ def test_number_of_dense_layers(net, asked, _a, _b, _c, erk, balanced):
 def test_pyramidal_root(net, asked, root):
     found = list(allocate(shapes(net), asked, "pyramidal").values())
     assert found[0] == pytest.approx(root, abs=1e-7)
-    for before, after in zip(found, found[1:], strict=False):
+    for before, after in itertools.pairwise(found):
         assert after / before == pytest.approx(found[0], rel=1e-12)
 
 

@@ -1,6 +1,7 @@
 """Signal flow: dead units, paths, and repair that keeps the number of edges."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def test_paths_against_brute_force(data):
     widths = data.draw(st.lists(st.integers(1, 4), min_size=2, max_size=4))
     bits = [
         [[data.draw(st.integers(0, 1)) for _ in range(into)] for _ in range(out)]
-        for into, out in zip(widths, widths[1:], strict=False)
+        for into, out in itertools.pairwise(widths)
     ]
     model, masks = chain(*bits)
     live = on_path(masks, model, torch.ones(1, widths[0]))

@@ -8,6 +8,7 @@ from torch import nn
 
 from featherweight import sparse
 from featherweight.sparse import Masks, hold
+from featherweight.sparse.hold import KEEPS_ZEROS
 from tests.models import ConvNet, mlp, train_steps
 
 OPTIMIZERS = {
@@ -240,6 +241,44 @@ def test_a_loaded_state_dict_is_masked():
     hold(model, torch.optim.SGD(model.parameters(), 0.1), masks)
     model.load_state_dict(mlp(seed=3).state_dict())
     assert Masks.nonzero(model) == masks
+
+
+@pytest.mark.parametrize("name", ["nesterov", "adamw-fused", "rmsprop"])
+@pytest.mark.parametrize("how", ["noise", "assigned", "loaded"])
+def test_gradients_and_state_that_others_touch_bring_nothing_back(name, how):
+    model = mlp()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    train_steps(model, optimizer)
+    dense = copy.deepcopy(optimizer.state_dict())
+    masks = sparse.random(model, 0.2, seed=0)
+    hold(model, optimizer, masks)
+    weight, off = model[0].weight, ~masks["0.weight"]
+    for _ in range(2):
+        model(torch.randn(8, 16)).square().mean().backward()
+        if how == "noise":
+            weight.grad.add_(torch.randn_like(weight))
+        elif how == "assigned":
+            weight.grad = torch.randn_like(weight)
+        else:
+            optimizer.load_state_dict(dense)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert Masks.nonzero(model) == masks
+        for tensor in optimizer.state[weight].values():
+            if tensor is not None and tensor.shape == weight.shape:
+                assert (tensor[off] == 0).all()
+
+
+@pytest.mark.parametrize("kind", KEEPS_ZEROS)
+def test_the_optimizers_that_are_said_to_keep_zeros_do(kind):
+    weight = nn.Parameter(torch.zeros(5))
+    options = {} if kind in (torch.optim.SGD, torch.optim.Adagrad) else {"weight_decay": 0.1}
+    optimizer = kind([weight], lr=0.1, **options)
+    for _ in range(8):
+        weight.grad = torch.zeros(5)
+        optimizer.step()
+        tensors = [weight, *(t for t in optimizer.state[weight].values() if torch.is_tensor(t))]
+        assert all((t == 0).all() for t in tensors if t.shape == weight.shape)
 
 
 def test_frozen_weights_and_foreign_optimizers():

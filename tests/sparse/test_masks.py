@@ -146,7 +146,7 @@ def test_masks_of_another_model_are_refused_untouched():
     [({}, ValueError), ({"w": torch.ones(2)}, TypeError), ({"w": [True]}, TypeError)],
 )
 def test_bad_tensors(tensors, error):
-    with pytest.raises(error, match="masks need|must be a bool tensor"):
+    with pytest.raises(error, match=r"masks need|must be a bool tensor"):
         Masks(tensors)
 
 

@@ -9,6 +9,7 @@ from featherweight.lab.claims.claim import CLAIMS, Claim, Computed, Trained, acc
 from featherweight.lab.neuron import quadrant_table
 
 PAPER = "Gadhikar & Burkholz 2024, arXiv:2402.19262"
+WHOLE = "data.validation=0"  # nothing is chosen on validation images, so all are trained on
 
 
 def _flip_gain(runs: Mapping[str, Path]) -> float:
@@ -30,7 +31,7 @@ CLAIMS.add(
         "magnitude pruning.",
         measured="test accuracy of LRR minus IMP at density 1/64, points",
         experiment=Trained(
-            arms={"lrr": ["lrr-digits"], "imp": ["imp-digits"]},
+            arms={"lrr": ["lrr-digits", WHOLE], "imp": ["imp-digits", WHOLE]},
             effect=accuracy_gain("lrr", "imp"),
             paper_arms={"lrr": ["lrr-cifar10"], "imp": ["imp-cifar10"]},
         ),
@@ -45,8 +46,8 @@ CLAIMS.add(
         measured="test accuracy of LRR on IMP's masks minus IMP at density 1/64, points",
         experiment=Trained(
             arms={
-                "imp": ["imp-digits"],
-                "lrr-imp-masks": ["lrr-digits", "sparse.masks_from={imp}"],
+                "imp": ["imp-digits", WHOLE],
+                "lrr-imp-masks": ["lrr-digits", WHOLE, "sparse.masks_from={imp}"],
             },
             effect=accuracy_gain("lrr-imp-masks", "imp"),
             paper_arms={
@@ -68,6 +69,7 @@ CLAIMS.add(
             arms={
                 f"{loop}-random-masks": [
                     f"{loop}-digits",
+                    WHOLE,
                     "sparse.criterion=random",
                     "sparse.allocation=balanced",
                 ]
@@ -94,7 +96,7 @@ CLAIMS.add(
         measured="kept weights whose sign differs from the start, LRR minus IMP at density 1/64, "
         "percentage points",
         experiment=Trained(
-            arms={"lrr": ["lrr-digits"], "imp": ["imp-digits"]},
+            arms={"lrr": ["lrr-digits", WHOLE], "imp": ["imp-digits", WHOLE]},
             effect=_flip_gain,
             paper_arms={"lrr": ["lrr-cifar10"], "imp": ["imp-cifar10"]},
         ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from featherweight.lab.claims.claim import CLAIMS, Claim, Trained, accuracy_gain
 
 PAPER = "Gadhikar, Mukherjee & Burkholz 2023, arXiv:2210.02412"
-LONGER = "fit.length=20ep"
+WHOLE = "data.validation=0"  # nothing is chosen on validation images, so all are trained on
 
 
 def _random(base: str, allocation: str, density: float, *more: str) -> list[str]:
@@ -15,7 +15,9 @@ def _random(base: str, allocation: str, density: float, *more: str) -> list[str]
 
 def _ratios(better: str, worse: str) -> Trained:
     return Trained(
-        arms={a: _random("random-digits", a, 0.01, LONGER) for a in (better, worse)},
+        arms={
+            a: _random("random-digits", a, 0.01, WHOLE, "fit.length=20ep") for a in (better, worse)
+        },
         effect=accuracy_gain(better, worse),
         paper_arms={a: _random("random-cifar10", a, 0.01) for a in (better, worse)},
     )
@@ -26,8 +28,8 @@ def _sparse_to_sparse(density: float) -> Trained:
     support = "sparse.support.density=0.3"
     return Trained(
         arms={
-            "lrr-in-random": ["lrr-digits", final, support],
-            "lrr-from-dense": ["lrr-digits", final],
+            "lrr-in-random": ["lrr-digits", WHOLE, final, support],
+            "lrr-from-dense": ["lrr-digits", WHOLE, final],
         },
         effect=accuracy_gain("lrr-in-random", "lrr-from-dense"),
         paper_arms={

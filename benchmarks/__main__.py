@@ -1,0 +1,22 @@
+"""Run all benchmarks and write their tables to docs/results/."""
+
+from pathlib import Path
+
+from benchmarks import hold, select
+from featherweight.common import write_text
+from featherweight.lab.machine import cpu_name
+
+
+def main() -> None:
+    folder = Path(__file__).resolve().parent.parent / "docs" / "results"
+    for module in (hold, select):
+        name = module.__name__.rpartition(".")[2]
+        print(f"{name}: {module.__doc__.splitlines()[0]}", flush=True)
+        table = module.measure()
+        print(table, "\n", flush=True)
+        head = f"# Benchmark: {name}\n\n{module.__doc__.strip()}\n\nRegenerate: `make bench`. "
+        write_text(folder / f"bench-{name}.md", f"{head}Measured on {cpu_name()}.\n\n{table}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Regenerate docs/results/ from training runs: ``python -m benchmarks.results [--data PATH]``.
+
+Runs that are complete are used again, so that an interrupted regeneration goes on where it stopped.
+"""
+
+import argparse
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from featherweight.common import write_text
+from featherweight.lab import report
+from featherweight.lab.claims import CLAIMS, Outcome
+from featherweight.lab.claims.claim import Settings
+from featherweight.lab.launch import launch, tasks
+from featherweight.lab.machine import cpu_name
+from featherweight.lab.parse import load
+from featherweight.lab.report.text import accuracy, count, percent, scaled, three
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results"
+RUNS = ROOT / "runs" / "results"
+DIGITS = ("dense-digits", "random-digits", "imp-digits", "lrr-digits")
+CIFAR = ("imp-cifar10-mini", "lrr-cifar10-mini")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--data", type=Path, help="folder of CIFAR-10; without it CIFAR is left out"
+    )
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--only", choices=["digits", "cifar10", "claims"], help="one page")
+    arguments = parser.parse_args()
+    console = Console()
+    if arguments.only in (None, "digits"):
+        digits = training_page("digits", DIGITS, [], arguments.jobs, console)
+        put_into_readme(digits)
+    if arguments.only in (None, "claims"):
+        claims_page(Settings(RUNS / "claims", arguments.jobs, "mini", None, console))
+    if arguments.data is not None and arguments.only in (None, "cifar10"):
+        overrides = [f"data.path={arguments.data}"]
+        training_page("cifar10", CIFAR, overrides, arguments.jobs, console)
+
+
+def training_page(
+    name: str, recipes: Sequence[str], overrides: list[str], jobs: int, console: Console
+) -> str:
+    """Run recipes, write their page and picture, and return the table."""
+    found = [recipe for base in recipes for recipe in load(base, overrides)]
+    directories = launch(tasks(found), RUNS / name, jobs, console)
+    written = report.write(directories, RUNS / name / "report")
+    table = markdown(written.rows)
+    picture = next(p for p in written.pictures if "accuracy" in p.name)
+    (RESULTS / f"{name}-accuracy.png").write_bytes(picture.read_bytes())
+    hours = sum(_seconds(d) for d in directories) / 3600
+    text = (
+        f"# {name}\n\n"
+        f"Recipes: {', '.join(f'`{r}`' for r in recipes)}. Test accuracy is mean ± standard "
+        "deviation over seeds, with their number in brackets; the test set is looked at once a "
+        "level, after its last epoch, and nothing is chosen by it.\n\n"
+        f"![test accuracy against density]({name}-accuracy.png)\n\n{table}\n"
+        f"Measured on {cpu_name()}, {hours:.2f} process-hours of training. "
+        "Regenerate: `make results DATA=PATH`.\n"
+    )
+    write_text(RESULTS / f"{name}.md", text)
+    return table
+
+
+def _seconds(directory: Path) -> float:
+    import json
+
+    return float(json.loads((directory / "result.json").read_text())["seconds"])
+
+
+def markdown(rows: Sequence[report.Row]) -> str:
+    """Lay rows out as a Markdown table."""
+    lines = [
+        "| method | density | test accuracy (seeds) | kept weights | FLOPs | packed file |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row.level < 0:
+            continue
+        cells = [row.method, three(row.density), accuracy(row.accuracy, row.deviation, row.seeds)]
+        cells += [count(row.nonzeros), percent(row.flops_ratio), scaled(row.bytes, "B")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def put_into_readme(table: str) -> None:
+    """Replace the README's demo table by the last level of each method."""
+    path = ROOT / "README.md"
+    rows = table.splitlines()
+    last = {row.split("|")[1]: row for row in rows[2:]}
+    text = "\n".join([*rows[:2], *last.values()])
+    marks = "<!-- demo table: written by `make results` -->", "<!-- end -->"
+    pattern = re.compile(f"{re.escape(marks[0])}.*{re.escape(marks[1])}", re.DOTALL)
+    replaced = pattern.sub(f"{marks[0]}\n\n{text}\n\n{marks[1]}", path.read_text(encoding="utf-8"))
+    write_text(path, replaced)
+
+
+def claims_page(settings: Settings) -> None:
+    """Test all claims and write their page."""
+    blocks = [
+        "# Claims\n\nRegenerate: `make results`, or one by `featherweight claims run NAME`.\n"
+    ]
+    for paper in dict.fromkeys(claim.paper for claim in CLAIMS.values()):
+        blocks.append(f"## {paper}\n")
+        blocks.append("| claim | effect | 95 % interval | seeds | verdict |\n|---|---|---|---|---|")
+        for claim in CLAIMS.values():
+            if claim.paper == paper:
+                started = time.perf_counter()
+                blocks.append(_row(claim.test(settings)))
+                print(f"{claim.name}: {time.perf_counter() - started:.0f} s", flush=True)
+        blocks.append("")
+    blocks.append(f"Measured on {cpu_name()}.\n")
+    write_text(RESULTS / "claims.md", "\n".join(blocks))
+
+
+def _row(outcome: Outcome) -> str:
+    low, high = outcome.interval
+    claim = outcome.claim
+    return (
+        f"| **{claim.name}**: {claim.sentence} *Effect: {claim.measured}.* | {outcome.effect:+.1f} "
+        f"| {low:+.1f} .. {high:+.1f} | {len(outcome.effects)} | {outcome.verdict} |"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -198,8 +198,9 @@ def _like(mask: Tensor, weight: Tensor) -> Tensor:
     """Bring a mask to a weight's device, dtype and, for sharded weights, placement."""
     factor = mask.to(device=weight.device, dtype=weight.dtype)
     if hasattr(weight, "placements"):
-        from torch.distributed.tensor import distribute_tensor  # slow to import, rarely needed
+        from torch.distributed.tensor import DTensor, distribute_tensor  # slow, rarely needed
 
+        assert isinstance(weight, DTensor)
         return distribute_tensor(factor, weight.device_mesh, weight.placements)
     return (
         factor.contiguous(memory_format=torch.contiguous_format)

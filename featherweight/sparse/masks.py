@@ -341,6 +341,16 @@ class Overlap:
         """Return the Jaccard index of each tensor."""
         return {n: self.both[n] / e if e else 1.0 for n, e in self.either.items()}
 
+    def __str__(self) -> str:
+        width = max(map(len, self.either))
+        rows = [
+            f"{name:<{width}}  {self.both[name]:>11,} of {either:>11,}  {jaccard:.4f}"
+            for (name, either), jaccard in zip(
+                self.either.items(), self.by_layer().values(), strict=True
+            )
+        ]
+        return "\n".join([*rows, f"{'total':<{width}}  Jaccard index {self.jaccard:.4f}"])
+
 
 @dataclass(frozen=True)
 class SignFlips:

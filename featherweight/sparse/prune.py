@@ -147,11 +147,11 @@ def prune(
         sparsity: ``1 - density``.
         support: masks that the result must stay inside.
         include, exclude: shell-style parameter name patterns.
-        needs: what the criterion's registry row asks for, such as ``generator=``.
+        needs: what else the criterion's registry row asks for, such as ``generator=``.
 
     Raises:
         ValueError: a bad argument, weights that are not finite, or no prunable weights.
     """
     density = kept_density(density, sparsity)
-    scores = score(criterion, prunable_weights(model, include, exclude), **needs)
+    scores = score(criterion, prunable_weights(model, include, exclude), model=model, **needs)
     return select(scores, density, scope, support=support)

@@ -28,7 +28,8 @@ def test_rows_are_complete(kind):
 
 def scores(criterion, model, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return score(criterion, Masks.dense(model).weights(model), generator=generator)
+    weights = Masks.dense(model).weights(model)
+    return score(criterion, weights, generator=generator, model=model)
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)

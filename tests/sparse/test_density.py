@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from featherweight.sparse import DENSITIES, Masks, allocate, kept_counts
-from featherweight.sparse.density import balanced_sequential, waterfill
+from featherweight.sparse.density import balanced_sequential, erk, waterfill
 from tests.oracles.shapes import shapes
 
 NETS = ["resnet20", "resnet18", "vgg16"]
@@ -120,6 +120,11 @@ def test_erk_keeps_proportions_below_saturation():
     found = allocate(shapes("vgg16"), 0.1, "erk")
     ratios = {n: found[n] * prod(s) / sum(s) for n, s in shapes("vgg16").items() if found[n] < 1}
     assert max(ratios.values()) == pytest.approx(min(ratios.values()), rel=1e-12)
+
+
+def test_erk_of_power_zero_is_uniform():
+    found = erk(shapes("resnet20"), 0.1, power=0.0)
+    assert list(found.values()) == pytest.approx([0.1] * 22, rel=1e-12)
 
 
 def test_balanced_layers_keep_the_same_number():

@@ -95,6 +95,7 @@ def test_overlap():
     overlap = a.overlap(b)
     assert overlap.jaccard == 1 / 3
     assert overlap.by_layer() == {"w": 1 / 3, "v": 1.0}
+    assert str(overlap).splitlines()[0].split() == ["w", "1", "of", "3", "0.3333"]
 
 
 def test_sign_flips_count_kept_entries_only():

@@ -28,19 +28,22 @@ def er(shapes: Shapes, density: float, *, legacy: bool = False) -> dict[str, flo
 
 
 @DENSITIES.register("erk", "as er, with the kernel: sum(shape) / prod(shape)", RIGL)
-def erk(shapes: Shapes, density: float, *, legacy: bool = False) -> dict[str, float]:
-    """Give each layer a density proportional to ``sum(shape) / prod(shape)``.
+def erk(
+    shapes: Shapes, density: float, *, power: float = 1.0, legacy: bool = False
+) -> dict[str, float]:
+    """Give each layer a density proportional to ``(sum(shape) / prod(shape)) ** power``.
 
     Args:
         shapes: parameter name to shape, ``[outputs, inputs, *kernel]``.
         density: overall kept fraction, in (0, 1].
+        power: 1 is the published rule, 0 is uniform.
         legacy: clamp at 1 without handing the clipped mass to other layers, as published code
             does; the overall density is then missed.
 
     Source: Evci et al. 2020, arXiv:1911.11134; the legacy form is the one used with Gadhikar,
     Mukherjee & Burkholz 2023, arXiv:2210.02412.
     """
-    ratios = {name: sum(shape) / prod(shape) for name, shape in shapes.items()}
+    ratios = {name: (sum(shape) / prod(shape)) ** power for name, shape in shapes.items()}
     return _proportional(ratios, shapes, density, legacy)
 
 

@@ -263,7 +263,8 @@ class _Plan:
     def _prune(self, index: int, masks: Masks) -> Masks:
         if self.masks_from is not None:
             return self._given(index)
-        scores = score(self.criterion, masks.weights(self.model), generator=self.generator)
+        offered = {"model": self.model, "generator": self.generator}
+        scores = score(self.criterion, masks.weights(self.model), **offered)
         total = self.counts[index]
         return select(scores, total / masks.numel, self.scope, support=masks, total=total)
 

@@ -13,7 +13,7 @@ one input it cannot. IMP restarts the pruned neuron from its first weights, so i
 needs ``a(0) > 0`` alone. Shapes: S seeds, Q starts a seed, n samples, d inputs; "..." is S or none.
 
 Source: A. Gadhikar and R. Burkholz, "Masks, Signs, And Learning Rate Rewinding", ICLR 2024,
-arXiv 2402.19262. The closed form and the general success rule are derived here.
+arXiv:2402.19262. The closed form and the general success rule are derived here.
 """
 
 from __future__ import annotations

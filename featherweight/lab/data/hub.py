@@ -17,7 +17,7 @@ TEST_NAMES = ("test", "validation", "valid", "val")
 @DATA.register(
     "hf",
     "any image set of Hugging Face datasets: path is its name or a folder",
-    "Lhoest et al. 2021, arXiv 2109.02846",
+    "Lhoest et al. 2021, arXiv:2109.02846",
     needs=["path"],
 )
 def load_hub(path: str) -> Parts:

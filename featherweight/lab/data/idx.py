@@ -38,7 +38,7 @@ def load_mnist(path: str) -> Parts:
 @DATA.register(
     "fashion-mnist",
     "pictures of clothes: 60000 + 10000 images of 1x28x28, IDX files",
-    "Xiao, Rasul and Vollgraf 2017, arXiv 1708.07747",
+    "Xiao, Rasul and Vollgraf 2017, arXiv:1708.07747",
     needs=["path"],
 )
 def load_fashion_mnist(path: str) -> Parts:

@@ -20,7 +20,7 @@ MODELS: Registry[Builder] = Registry("model")
 def he_(model: nn.Module) -> None:
     """Draw every convolution and linear weight from N(0, 2 / fan_in), and zero their biases.
 
-    Normalisation layers keep torch's start (weight 1, bias 0). He et al. 2015, arXiv 1502.01852,
+    Normalisation layers keep torch's start (weight 1, bias 0). He et al. 2015, arXiv:1502.01852,
     equation 10. Draws from the global generator, which ``build`` seeds.
     """
     for module in model.modules():

@@ -13,7 +13,7 @@ from featherweight.lab.models.base import MODELS, Shape, check_choice, check_pos
 @MODELS.register(
     "mlp",
     "fully connected: hidden layers of equal width with batch norm and ReLU",
-    "Rumelhart, Hinton and Williams 1986; batch norm: Ioffe and Szegedy 2015, arXiv 1502.03167",
+    "Rumelhart, Hinton and Williams 1986; batch norm: Ioffe and Szegedy 2015, arXiv:1502.03167",
 )
 def mlp(
     classes: int, shape: Shape, width: int = 300, depth: int = 2, norm: str = "batch"

@@ -1,6 +1,6 @@
 """Residual networks: the thin ones for CIFAR and the wide ones for ImageNet.
 
-He, Zhang, Ren and Sun 2016, "Deep Residual Learning for Image Recognition", arXiv 1512.03385:
+He, Zhang, Ren and Sun 2016, "Deep Residual Learning for Image Recognition", arXiv:1512.03385:
 section 4.2 for CIFAR (shortcuts A and B: section 3.3), table 1 for ImageNet.
 """
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from featherweight.lab.models.base import MODELS, Shape, check_choice, check_positive, he_
 
-PAPER = "He, Zhang, Ren and Sun 2016, arXiv 1512.03385"
+PAPER = "He, Zhang, Ren and Sun 2016, arXiv:1512.03385"
 
 
 def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:

@@ -1,7 +1,7 @@
 """VGG-16 with batch normalisation and one linear classifier, as used on CIFAR.
 
 Simonyan and Zisserman 2015, "Very Deep Convolutional Networks for Large-Scale Image Recognition",
-arXiv 1409.1556, table 1, column D.
+arXiv:1409.1556, table 1, column D.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Vgg(nn.Module):
 @MODELS.register(
     "vgg16",
     "13 convolutions with batch norm and one linear layer",
-    "Simonyan and Zisserman 2015, arXiv 1409.1556",
+    "Simonyan and Zisserman 2015, arXiv:1409.1556",
 )
 def vgg16(classes: int, shape: Shape, width: int = 64) -> nn.Module:
     """VGG-16 with batch norm, for images of at least 32x32.

@@ -1,6 +1,6 @@
 """A small vision transformer: pre-norm, class token, learned positions.
 
-Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", arXiv 2010.11929, equations 1 to 4.
+Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", arXiv:2010.11929, equations 1 to 4.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Vit(nn.Module):
 @MODELS.register(
     "vit",
     "small vision transformer: pre-norm, class token, learned positions",
-    "Dosovitskiy et al. 2021, arXiv 2010.11929",
+    "Dosovitskiy et al. 2021, arXiv:2010.11929",
 )
 def vit(
     classes: int, shape: Shape, patch: int = 4, width: int = 192, depth: int = 6, heads: int = 3

@@ -8,7 +8,7 @@ the k largest ``|c|`` of the layer. The gradient passes M as if ``dM / d|c| = 1`
 A random mask ``support`` restricts the choice to its edges: strong tickets in a sparse network.
 
 Sources: V. Ramanujan et al., "What's Hidden in a Randomly Weighted Neural Network?", CVPR 2020,
-arXiv 1911.13299, section 3; A. Gadhikar, S. Mukherjee and R. Burkholz, ICML 2023, arXiv 2210.02412,
+arXiv:1911.13299, section 3; A. Gadhikar, S. Mukherjee and R. Burkholz, ICML 2023, arXiv:2210.02412,
 for the support.
 """
 

@@ -7,7 +7,7 @@ reads input ``i`` from any of the ``rho_{l-1}`` copies of ``i`` that it has an e
 with probability ``(1 - p_{l+1})^rho_{l-1}``.
 
 Source: A. Gadhikar, S. Mukherjee and R. Burkholz, "Why Random Pruning Is All We Need to Start
-Sparse", ICML 2023, arXiv 2210.02412, the representation theorem of depth L + 1 and the lower bound.
+Sparse", ICML 2023, arXiv:2210.02412, the representation theorem of depth L + 1 and the lower bound.
 The constants are those of a union bound over all copies. A copy that lacks an edge is left unused
 here, so building fails less often than ``delta``.
 """

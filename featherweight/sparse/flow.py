@@ -89,7 +89,6 @@ def on_path(masks: Masks, model: nn.Module, inputs: Tensor) -> Masks:
     training = {module: module.training for module in net.modules()}
     state = {n: t.detach().clone() for n, t in [*net.named_parameters(), *net.named_buffers()]}
     required = {name: parameter.requires_grad for name, parameter in net.named_parameters()}
-    gradients = {name: parameter.grad for name, parameter in net.named_parameters()}
     hooks = [
         module.register_forward_hook(lambda _m, _i, out: _binary(out))
         for module in {id(m): m for m in _modules(net, masks).values()}.values()
@@ -115,7 +114,7 @@ def on_path(masks: Masks, model: nn.Module, inputs: Tensor) -> Masks:
     finally:
         for hook in hooks:
             hook.remove()
-        _restore(net, state, required, gradients, training)
+        _restore(net, state, required, training)
     return Masks(live)
 
 
@@ -140,14 +139,12 @@ def _restore(
     net: nn.Module,
     state: dict[str, Tensor],
     required: dict[str, bool],
-    gradients: dict[str, Tensor | None],
     training: dict[nn.Module, bool],
 ) -> None:
     for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
         tensor.copy_(state[name])
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(required[name])
-        parameter.grad = gradients[name]
     for module, mode in training.items():
         module.training = mode
 

@@ -82,7 +82,8 @@ class Hold:
             self._masked[id(weight)] = gradient, gradient._version
 
     def _before_step(self, _: Optimizer, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        closure = arguments or any(value is not None for value in named.values())
+        # torch passes the optimizer itself as the first argument; anything more is a closure.
+        closure = any(value is not None for value in (*arguments[1:], *named.values()))
         self._untouched = type(self._optimizer) in KEEPS_ZEROS and not closure
         for weight in self._weights.values():
             gradient, version = self._masked.get(id(weight), (None, 0))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from featherweight.common import atomic_path, cpu_state, write_text
+from featherweight.lab.errors import BadInput
 from featherweight.sparse.masks import Masks, pack_bits, unpack_bits
 
 VERSION = 1
@@ -80,7 +81,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         The JSON file.
 
     Raises:
-        OSError: the disk is full or not writable; older checkpoints are untouched then.
+        OSError, SafetensorError: the disk is full or not writable; older checkpoints are untouched
+            then.
     """
     numbers = _numbers(folder)
     number = numbers[-1] + 1 if numbers else 0
@@ -102,36 +104,46 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     with atomic_path(path) as temporary:
         save_file(_unshared(tensors), temporary)
     plain["tensors"] = _digest(path)
-    text = json.dumps(plain, sort_keys=True)
+    text = json.dumps(plain)  # in this order: that of the masks matters
     header = hashlib.sha256(text.encode()).hexdigest()
     write_text(path.with_suffix(".json"), f"{header}\n{text}\n")
     _discard(folder, _numbers(folder)[:-KEEP])
     return path.with_suffix(".json")
 
 
-def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+def newest(folder: Path) -> tuple[Checkpoint | None, dict[int, str]]:
     """Read the newest checkpoint that is whole.
 
     Args:
         folder: holds the checkpoints of one run.
 
     Returns:
-        The checkpoint, or None if there is no whole one; and a line for each one refused.
+        The checkpoint, or None if there is no whole one; and a line for each one refused, by
+        number.
+
+    Raises:
+        BadInput: a later version wrote it, and starting over would throw its work away.
     """
-    refused: list[str] = []
+    refused: dict[int, str] = {}
     for number in reversed(_numbers(folder)):
         try:
             return _load(folder, number), refused
+        except BadInput:
+            raise
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            refused.append(f"checkpoint {number:06d} refused: {error}")
+            refused[number] = f"checkpoint {number:06d} refused: {error}"
     return None, refused
 
 
 def discard(folder: Path) -> None:
-    """Remove all checkpoints of a run that is complete."""
-    _discard(folder, _numbers(folder))
-    for path in folder.glob("rewind-*.safetensors"):
+    """Remove everything: the run is complete, or starts over because nothing was whole."""
+    for path in folder.glob("*"):
         path.unlink()
+
+
+def tidy(folder: Path, refused: Iterable[int]) -> None:
+    """Remove refused checkpoints, so that the newest two are good ones again."""
+    _discard(folder, refused)
 
 
 def _load(folder: Path, number: int) -> Checkpoint:
@@ -141,8 +153,9 @@ def _load(folder: Path, number: int) -> Checkpoint:
     if hashlib.sha256(text.encode()).hexdigest() != header:
         raise ValueError("its description does not match its checksum")
     plain = json.loads(text)
-    if plain["version"] != VERSION:
-        raise ValueError(f"format version {plain['version']}, this reads {VERSION}")
+    if plain["version"] > VERSION:
+        text = f"format version {plain['version']}, this reads {VERSION}"
+        raise BadInput(f"{path} was written by a newer featherweight: {text}")
     if _digest(path) != plain["tensors"]:
         raise ValueError("its tensors do not match their checksum")
     tensors = load_file(path)
@@ -224,7 +237,7 @@ def _numbers(folder: Path) -> list[int]:
     return sorted(int(p.stem) for p in folder.glob("[0-9]*.json") if p.stem.isdigit())
 
 
-def _discard(folder: Path, numbers: list[int]) -> None:
+def _discard(folder: Path, numbers: Iterable[int]) -> None:
     for number in numbers:
         for suffix in (".json", ".safetensors"):
             (folder / f"{number:06d}{suffix}").unlink(missing_ok=True)

@@ -112,6 +112,8 @@ class Run:
             raise BadInput("name at least one recipe; `featherweight ls recipes` lists them")
         if self.jobs < 1:
             raise BadInput(f"--jobs must be at least 1, got {self.jobs}")
+        if self.jobs > 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise BadInput("--jobs is for one process; several ranks do one run at a time")
         todo = tasks([recipe for name in names for recipe in load(name, overrides)])
         main = os.environ.get("RANK", "0") == "0"
         console = Console(quiet=not main)
@@ -169,6 +171,8 @@ class Claims:
         if self.action == "list":
             list_claims()
         else:
+            if self.jobs < 1:
+                raise BadInput(f"--jobs must be at least 1, got {self.jobs}")
             run_claims(self.names, self.out, self.jobs, self.scale, self.data)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from featherweight.common import PRUNABLE_MODULES, atomic_path, cpu_state, unwrap
@@ -46,12 +47,15 @@ def flops(model: nn.Module, masks: Masks, image: Tensor) -> tuple[int, int]:
     hooks = [
         m.register_forward_hook(count) for m in net.modules() if isinstance(m, PRUNABLE_MODULES)
     ]
-    training = net.training
+    modes = [(module, module.training) for module in net.modules()]
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        # The counter does not know the CPU's fused attention; as plain products it counts anywhere.
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
             net.eval()(image)
     finally:
-        net.train(training)
+        for module, training in modes:
+            module.training = training
         for hook in hooks:
             hook.remove()
     dense = counter.get_total_flops()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import torch
@@ -42,23 +43,37 @@ class Epoch:
 
 
 class Diverged(RunFailed):
-    """The loss is NaN or infinite."""
+    """The loss or a weight is NaN or infinite."""
 
 
 def make_optimizer(model: nn.Module, fit: FitRecipe) -> Optimizer:
     """Build the recipe's optimizer over all parameters, fused where torch has it."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     fused = all(p.device.type in ("cpu", "cuda", "mps") for p in parameters)
+    common: dict[str, Any] = {
+        "lr": fit.learning_rate,
+        "weight_decay": fit.weight_decay,
+        "fused": fused,
+    }
+    optimizer: Optimizer
     if fit.optimizer == "adamw":
-        return AdamW(parameters, fit.learning_rate, weight_decay=fit.weight_decay, fused=fused)
-    return SGD(
-        parameters,
-        fit.learning_rate,
-        momentum=fit.momentum,
-        weight_decay=fit.weight_decay,
-        nesterov=fit.nesterov,
-        fused=fused,
-    )
+        optimizer = AdamW(parameters, **common)
+    else:
+        optimizer = SGD(parameters, momentum=fit.momentum, nesterov=fit.nesterov, **common)
+    optimizer.register_load_state_dict_post_hook(_lay_out_as_weights)
+    return optimizer
+
+
+@torch.no_grad()
+def _lay_out_as_weights(optimizer: Optimizer) -> None:
+    """Give loaded state the memory format of its weights.
+
+    Fused steps go through memory in order: state in another format would meet other weights.
+    """
+    for weight, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == weight.shape:
+                state[key] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
 
 def train(
@@ -90,7 +105,7 @@ def train(
         epochs_done: epochs of the level to skip.
 
     Raises:
-        Diverged: the loss is not finite.
+        Diverged: the loss or a weight is not finite.
     """
     criterion = nn.CrossEntropyLoss(label_smoothing=fit.label_smoothing, reduction="sum")
     step = epochs_done * len(batches)
@@ -119,8 +134,11 @@ def train(
             step += 1
             times.append(time.perf_counter() - begun)
         loss_sum, right, seen = reduced(total, accelerator)
-        if not torch.isfinite(torch.tensor(loss_sum)):
-            raise Diverged(f"the loss became {loss_sum} in epoch {epoch} of level {level}")
+        where = f"in epoch {epoch} of level {level}"
+        if not isfinite(loss_sum):
+            raise Diverged(f"the loss became {loss_sum} {where}")
+        if not all(bool(p.isfinite().all()) for p in model.parameters()):
+            raise Diverged(f"a weight became infinite or NaN {where}")
         seconds = time.perf_counter() - started
         median = sorted(times)[len(times) // 2]
         yield Epoch(epoch, step, loss_sum / seen, right / seen, rate, seconds, median)
@@ -128,7 +146,11 @@ def train(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Batches, accelerator: Accelerator) -> tuple[float, float]:
-    """Return mean cross entropy and accuracy over a split, on all ranks together."""
+    """Return mean cross entropy and accuracy over a split, on all ranks together.
+
+    Raises:
+        Diverged: the loss is not finite.
+    """
     model.eval()
     criterion = nn.CrossEntropyLoss(reduction="sum")
     total = torch.zeros(3, device=accelerator.device, dtype=torch.float64)
@@ -136,6 +158,8 @@ def evaluate(model: nn.Module, batches: Batches, accelerator: Accelerator) -> tu
         logits = model(images)
         total += _sums(criterion(logits, labels), logits, labels)
     loss, right, seen = reduced(total, accelerator)
+    if not isfinite(loss):
+        raise Diverged(f"the loss on held-out images became {loss}")
     return loss / seen, right / seen
 
 

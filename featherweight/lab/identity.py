@@ -10,8 +10,10 @@ from typing import Any
 from featherweight.lab.parse import plain
 from featherweight.lab.recipe import Recipe
 
-# Where data lies, how many seeds there are and how often progress is saved do not change results.
+# Where data lies, how many seeds there are and how often progress is saved do not change results;
+# the number of threads changes their rounding, so an interrupted run goes on with what it had.
 NEUTRAL = ("name", "seeds", "data.path", "execute.threads", "execute.checkpoint_seconds")
+PATH_IS_DATA = ("hf", "image-folder")  # the path says which images, not where the known ones lie
 
 
 def identity(recipe: Recipe) -> str:
@@ -29,10 +31,11 @@ def distinctive(recipe: Recipe) -> dict[str, Any]:
     given, default = _flat(plain(recipe)), _flat(plain(Recipe()))
     if recipe.sparse.masks_from is not None:  # the other run's own name says all, wherever it lies
         given["sparse.masks_from"] = Path(recipe.sparse.masks_from).name
+    neutral = [k for k in NEUTRAL if k != "data.path" or recipe.data.name not in PATH_IS_DATA]
     return {
         key: value
         for key, value in given.items()
-        if key not in NEUTRAL and (key not in default or default[key] != value)
+        if key not in neutral and (key not in default or default[key] != value)
     }
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,13 +68,16 @@ def launch(todo: Sequence[Task], out: Path, jobs: int, console: Console) -> list
     open_tasks = [t for t in todo if not is_complete(run_directory(out, t.recipe, t.seed))]
     if len(open_tasks) < len(todo):
         console.print(f"{len(todo) - len(open_tasks)} of {len(todo)} runs are complete already")
+    # Rounding depends on the threads, so these depend on the command, not on what is left to do.
+    jobs = min(jobs, len(todo))
+    threads = max(1, (os.cpu_count() or 1) // max(1, jobs))
     with _display(console) as display:
-        if jobs == 1 or len(open_tasks) == 1:
+        if jobs <= 1:
             for index, task in enumerate(open_tasks):
                 run(task.recipe, task.seed, out, lambda u, i=index, t=task: display(i, t, u))  # type: ignore[misc]
                 display(index, task, None)
         else:
-            _in_parallel(open_tasks, out, min(jobs, len(open_tasks)), display)
+            _in_parallel(open_tasks, out, min(jobs, len(open_tasks)), threads, display)
     return [run_directory(out, t.recipe, t.seed) for t in todo]
 
 
@@ -95,7 +100,9 @@ def _display(console: Console) -> Iterator[Display]:
         def show(index: int, task: Task, update: Update | None) -> None:
             if index not in bars:
                 bars[index] = progress.add_task(task.label, total=1)
-            if update is None:
+            if update is not None and update.warning:
+                console.print(f"{task.label}: {update.text}", highlight=False)
+            elif update is None:
                 progress.remove_task(bars[index])
                 console.print(f"done: {task.label}", highlight=False)
             else:
@@ -107,17 +114,23 @@ def _display(console: Console) -> Iterator[Display]:
         yield show
 
 
-def _in_parallel(todo: Sequence[Task], out: Path, jobs: int, display: Display) -> None:
+def _in_parallel(
+    todo: Sequence[Task], out: Path, jobs: int, threads: int, display: Display
+) -> None:
     context = multiprocessing.get_context("spawn")
     queue, messages = context.Queue(), context.Queue()
     for item in enumerate(todo):
         queue.put(item)
-    threads = max(1, (os.cpu_count() or 1) // jobs)
     workers: list[BaseProcess] = [
         context.Process(target=_work, args=(queue, messages, out, threads)) for _ in range(jobs)
     ]
-    for worker in workers:
-        worker.start()
+    # The parent decides what Ctrl-C means; workers inherit that they ignore it.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        for worker in workers:
+            worker.start()
+    finally:
+        signal.signal(signal.SIGINT, handler)
     try:
         for _ in todo:
             _until_one_ends(todo, messages, workers, display)
@@ -147,11 +160,19 @@ def _until_one_ends(
             return
 
 
+def _end_with_parent() -> None:
+    """End this worker when its parent is gone, however it went: the run's directory gets free."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
+
+
 def _work(queue: Any, messages: Any, out: Path, threads: int) -> None:
     """Do tasks until there are none; runs in a worker process."""
     import torch
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     while True:
         try:

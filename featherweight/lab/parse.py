@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from importlib import resources
@@ -13,10 +15,33 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from featherweight.common import unknown
+from featherweight.lab.duration import Duration
 from featherweight.lab.errors import BadInput
 from featherweight.lab.recipe import Recipe
 
 _ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads YAML without Python objects."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads back as the same values."""
+
+
+for _class in (_Loader, _Dumper):
+    # A folder may be called 2024-01-31.
+    _class.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in rules if not tag.endswith(":timestamp")]
+        for first, rules in _class.yaml_implicit_resolvers.items()
+    }
+    # YAML 1.1 takes 1e-4 and 1.5e3 for text; people mean numbers.
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+        list("-+0123456789"),
+    )
 
 
 def shipped() -> dict[str, str]:
@@ -36,11 +61,16 @@ def read_text(recipe: str) -> tuple[str, str]:
         The recipe's name and its YAML text.
 
     Raises:
-        BadInput: there is neither such a file nor such a shipped recipe.
+        BadInput: there is neither such a file nor such a shipped recipe, or it cannot be read.
     """
     path = Path(recipe)
-    if path.is_file():
-        return path.stem, path.read_text(encoding="utf-8")
+    try:
+        if path.is_file():
+            return path.stem, path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"cannot read recipe {recipe}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise BadInput(f"cannot read recipe {recipe}: it is no UTF-8 text") from None
     name = path.name.removesuffix(".yaml")
     if str(path) in (name, f"{name}.yaml", f"recipes/{name}.yaml") and name in shipped():
         return name, shipped()[name]
@@ -62,9 +92,10 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> list[Recipe]:
     """
     name, text = read_text(recipe)
     try:
-        tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise BadInput(f"{recipe}: not YAML: {' '.join(str(error).split())}") from None
+        tree = _parse(text)
+    except ValueError as error:
+        raise BadInput(f"{recipe}: not YAML: {error}") from None
+    tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise BadInput(f"{recipe}: a recipe is a mapping, got {type(tree).__name__}")
     tree.setdefault("name", name)
@@ -87,13 +118,23 @@ def build(
     Raises:
         BadInput: the first thing wrong, on one line.
     """
-    merged = _copy(tree)
-    for key, value in changes:
-        _put(merged, key, value)
     try:
-        return _ADAPTER.validate_python(merged)
+        merged = _copy(tree)
+        for key, value in changes:
+            _put(merged, key, value)
+        given = dict(_leaves(merged))
+        recipe = _ADAPTER.validate_python(merged)
     except ValidationError as error:
-        raise BadInput(f"{origin}: {_first(error)}") from None
+        raise BadInput(_line(f"{origin}: {_first(error)}")) from None
+    except RecursionError:
+        raise BadInput(f"{origin}: nested too deeply, or inside itself") from None
+    except ValueError as error:
+        raise BadInput(_line(f"{origin}: {error}")) from None
+    checked = dict(_leaves(plain(recipe)))
+    for path, value in given.items():  # pydantic takes true for 1
+        if isinstance(value, bool) and not isinstance(checked.get(path), bool):
+            raise BadInput(f"{origin}: {path}: true and false are allowed for switches only")
+    return recipe
 
 
 def plain(recipe: Recipe) -> dict[str, Any]:
@@ -104,7 +145,8 @@ def plain(recipe: Recipe) -> dict[str, Any]:
 
 def to_yaml(recipe: Recipe) -> str:
     """Write a recipe as YAML, all fields included."""
-    return yaml.safe_dump(plain(recipe), sort_keys=False, allow_unicode=True)
+    text: str = yaml.dump(plain(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return text
 
 
 def describe() -> Iterator[tuple[str, str, str]]:
@@ -133,13 +175,45 @@ def _values(override: str) -> list[tuple[str, Any]]:
         raise BadInput(f"override {override!r} is not of the form key.sub=value")
     texts = text.split(",") if not text.startswith(("[", "{", '"', "'")) else [text]
     try:
-        return [(key, yaml.safe_load(part)) for part in texts]
-    except yaml.YAMLError:
-        raise BadInput(f"override {override!r}: the value is not YAML") from None
+        return [(key, _parse(part)) for part in texts]
+    except ValueError:
+        raise BadInput(f"override {override!r:.80}: the value is not YAML") from None
+
+
+def _parse(text: str) -> Any:
+    """Read YAML; all that can go wrong is a one-line ValueError."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError: such as 0x_
+        raise ValueError(_line(str(error))) from None
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {k: _copy(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
+
+
+def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Walk over the values that are no mapping and no list, refusing what JSON cannot hold."""
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            if not isinstance(key, str):
+                raise ValueError(f"{path or 'recipe'}: keys must be text, got {key!r}")
+            yield from _leaves(value, f"{path}.{key}".removeprefix("."))
+    elif isinstance(node, (list, tuple)):
+        for index, value in enumerate(node):
+            yield from _leaves(value, f"{path}.{index}")
+    elif isinstance(node, float) and not math.isfinite(node):
+        raise ValueError(f"{path}: must be finite, got {node}")
+    elif not isinstance(node, (str, int, float, Duration, type(None))):
+        raise ValueError(f"{path}: must be text, a number, a list or a mapping, got {node!r}")
+    else:
+        yield path, node
 
 
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -160,7 +234,7 @@ def _first(error: ValidationError) -> str:
         *parents, key = first["loc"]
         return f"unknown key {path!r}: {_allowed(parents, str(key))}{more}"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{path}: {message}, got {first['input']!r}{more}"
+    return f"{path}: {message}, got {first['input']!r:.80}{more}"
 
 
 def _allowed(parents: Sequence[int | str], key: str) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import Optimizer
@@ -46,11 +49,13 @@ class Update:
     Attributes:
         done, total: epochs over all levels.
         text: where it stands, in words.
+        warning: whether the text says that something was wrong.
     """
 
     done: int
     total: int
     text: str
+    warning: bool = False
 
 
 Listener = Callable[[Update], None]
@@ -63,7 +68,10 @@ def run_directory(out: Path, recipe: Recipe, seed: int) -> Path:
 
 def is_complete(directory: Path) -> bool:
     """Tell whether the run in a directory has nothing left to do."""
-    return (directory / "result.json").is_file()
+    try:
+        return (directory / "result.json").is_file()
+    except OSError:  # such as a name that is too long
+        return False
 
 
 def run(recipe: Recipe, seed: int, out: Path, listen: Listener = lambda _: None) -> Path:
@@ -91,19 +99,25 @@ def run(recipe: Recipe, seed: int, out: Path, listen: Listener = lambda _: None)
         write_text(directory.parent / "recipe.yaml", to_yaml(recipe))
         with _accelerator(recipe) as accelerator, _locked(directory, accelerator):
             _Run(recipe, seed, directory, accelerator, listen).run()
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        raise BadInput(f"cannot write {error.filename or directory}: {error.strerror}") from error
     except OSError as error:
-        text = f"{directory}: {error.strerror or error}; what was saved before is kept"
-        raise RunFailed(text) from error
+        text = f"{error.filename or directory}: {error.strerror or error}"
+        if error.errno in DISK_TROUBLE:
+            raise RunFailed(f"{text}; what was saved before is kept") from error
+        raise BadInput(f"cannot write {text}") from error
+    except SafetensorError as error:  # says so of a full disk too
+        raise RunFailed(f"{directory}: {error}; what was saved before is kept") from error
     return directory
+
+
+DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 @contextmanager
 def _accelerator(recipe: Recipe) -> Iterator[Accelerator]:
     """One Accelerator for the time of a run; process-wide torch settings are put back after."""
     execute = recipe.execute
-    if execute.device not in ("auto", "cpu") and not torch.accelerator.is_available():
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if execute.device not in ("auto", "cpu", found.type if found else ""):
         raise BadInput(f"execute.device: this machine has no {execute.device}")
     threads, matmul = torch.get_num_threads(), torch.get_float32_matmul_precision()
     torch.set_num_threads(execute.threads or threads)
@@ -112,7 +126,9 @@ def _accelerator(recipe: Recipe) -> Iterator[Accelerator]:
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     precision = "no" if execute.precision == "fp32" else execute.precision
     try:
-        yield Accelerator(mixed_precision=precision, cpu=execute.device == "cpu")
+        # Told that it is a CPU, Accelerate joins the ranks of a torchrun through gloo.
+        on_cpu = execute.device == "cpu" or found is None
+        yield Accelerator(mixed_precision=precision, cpu=on_cpu)
     finally:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(matmul)
@@ -158,28 +174,29 @@ class _Run:
         self.start = cpu_state(self.model.state_dict())
         self.image = torch.zeros(1, *data.shape)
         found, refused = checkpoint.newest(self.directory / "checkpoints")
-        for line in refused:
-            self.listen(Update(0, 1, line))
+        for line in refused.values():
+            self.listen(Update(0, 1, line, warning=True))
         if found is not None:
-            self.model.load_state_dict(dict(found.model))
+            self._restore(found)
         self.model.to(self.accelerator.device)
         if self.recipe.execute.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = make_optimizer(self.model, self.recipe.fit)
         levels = plan(self.recipe, self.model, optimizer, self.seed, _resume(found))
-        level = next(levels)
+        level = _next(levels)
+        assert level is not None  # a loop has a level at least
         held = hold(self.model, optimizer, level.masks)
         if found is not None:
             checkpoint.restore_optimizer(optimizer, found.optimizer)
         if self.accelerator.is_main_process:
-            self._begin(found)
+            self._begin(found, refused)
         self.accelerator.wait_for_everyone()
         self.net, self.optimizer = self._prepare(optimizer)
         while True:
             held.update(level.masks)
             self._train(level, found.position if found else None)
             found = None
-            following = next(levels, None)
+            following = _next(levels)
             if following is None:
                 break
             level = following
@@ -196,7 +213,7 @@ class _Run:
                 limit=recipe.limit,
                 seed=recipe.split_seed,
             )
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise BadInput(f"data: {error}") from error
 
     def _build(self, data: Data) -> nn.Module:
@@ -209,22 +226,54 @@ class _Run:
                 seed=derive_seed(self.seed, "initialisation"),
                 **recipe.options,
             )
-        except (ValueError, TypeError) as error:
-            raise BadInput(f"model: {error}") from error
+        except (ValueError, TypeError, ImportError, RuntimeError) as error:  # Runtime: no memory
+            raise BadInput(f"model: {' '.join(str(error).split())}") from error
+
+    def _restore(self, found: Checkpoint) -> None:
+        """Load the model and set the number of threads, on which rounding depends."""
+        try:
+            self.model.load_state_dict(dict(found.model))
+        except RuntimeError as error:
+            text = " ".join(str(error).split())
+            raise BadInput(
+                f"the checkpoint in {self.directory} is of another model: {text}"
+            ) from None
+        threads = self._recorded().get("threads")
+        if self.recipe.execute.threads is None and isinstance(threads, int):
+            torch.set_num_threads(threads)
+
+    def _recorded(self) -> dict[str, Any]:
+        """Return what an earlier process wrote down about itself; nothing if it is unreadable."""
+        try:
+            recorded = json.loads((self.directory / "environment.json").read_text("utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return recorded if isinstance(recorded, dict) else {}
 
     def _batches(self, data: Data) -> dict[str, Batches]:
+        size, world = self.recipe.fit.batch_size, self.accelerator.num_processes
         common: dict[str, Any] = {
             "mean": data.mean,
             "std": data.std,
             "seed": self.seed,
             "device": self.accelerator.device,
             "rank": self.accelerator.process_index,
-            "world": self.accelerator.num_processes,
+            "world": world,
         }
-        size = self.recipe.fit.batch_size
+        # Batch norm cannot train on a single image.
+        crumb = 0 < len(data.train) % size < 2 * world
+        if crumb and len(data.train) < size:
+            raise BadInput(f"data: {len(data.train)} training images are too few to train on")
         augment = self.recipe.data.augment
         batches = {
-            "train": Batches(data.train, batch_size=size, augment=augment, shuffle=True, **common)
+            "train": Batches(
+                data.train,
+                batch_size=size,
+                augment=augment,
+                shuffle=True,
+                drop_last=crumb,
+                **common,
+            )
         }
         for name, split in {"validation": data.validation, "test": data.test}.items():
             if len(split):
@@ -238,15 +287,24 @@ class _Run:
         prepared: tuple[nn.Module, Optimizer] = self.accelerator.prepare(net, optimizer)
         return prepared
 
-    def _begin(self, found: Checkpoint | None) -> None:
-        self.logs.cut(found.logs if found else {})
+    def _begin(self, found: Checkpoint | None, refused: Iterable[int]) -> None:
+        if found is None:
+            checkpoint.discard(self.directory / "checkpoints")
+        else:
+            checkpoint.tidy(self.directory / "checkpoints", refused)
+        for stray in self.directory.rglob(".*"):
+            if _TEMPORARY.fullmatch(stray.name):
+                stray.unlink()
+        try:
+            self.logs.cut(found.logs if found else {})
+        except ValueError as error:
+            raise RunFailed(f"{error}; to start over, remove {self.directory}") from None
         execute = self.recipe.execute
         row = environment(self.accelerator.device, execute.precision, execute.matmul_precision)
-        path = self.directory / "environment.json"
         row["started"] = datetime.now(UTC).isoformat(timespec="seconds")
-        if found is not None and path.is_file():
-            row["started"] = json.loads(path.read_text("utf-8")).get("started", row["started"])
-        write_text(path, json.dumps(row, indent=1) + "\n")
+        if found is not None:
+            row["started"] = self._recorded().get("started", row["started"])
+        write_text(self.directory / "environment.json", json.dumps(row, indent=1) + "\n")
 
     def _train(self, level: Level, position: Position | None) -> None:
         if position is not None and position.finished:
@@ -272,9 +330,9 @@ class _Run:
             for epoch in epochs:
                 done = Position(level.index, epoch.epoch + 1, epoch.steps)
                 self._after_epoch(level, epoch, -(-plan.steps // per_epoch))
+            self._after_level(level, done)
         except Diverged as error:
             raise RunFailed(f"{error}; {self._last_good()}") from None
-        self._after_level(level, done)
 
     def _after_epoch(self, level: Level, epoch: Epoch, epochs: int) -> None:
         validation: tuple[float | None, float | None] = (None, None)
@@ -407,6 +465,18 @@ def tensorboard(logs: Logs, folder: Path) -> None:
         for row in logs.read("levels"):
             writer.add_scalar("test/accuracy", row["test_accuracy"], row["level"])
             writer.add_scalar("level/density", row["density"], row["level"])
+
+
+# What a killed process leaves: names of atomic_path, and of safetensors.
+_TEMPORARY = re.compile(r"\.(.+\.(safetensors|json)\.\w{8}|tmp\w{6})")
+
+
+def _next(levels: Iterator[Level]) -> Level | None:
+    """Prune and go to the next level; None after the last."""
+    try:
+        return next(levels, None)
+    except (ValueError, FileNotFoundError) as error:  # masks of another run that do not fit
+        raise BadInput(f"sparse: {error}") from error
 
 
 def _stage(level: Level) -> str:

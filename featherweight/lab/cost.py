@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from featherweight.common import PRUNABLE_MODULES, atomic_path, cpu_state, unwrap
-from featherweight.sparse.masks import Masks, pack_bits
+from featherweight.sparse.masks import Masks
+from featherweight.sparse.packed import save_packed
 
 
 def flops(model: nn.Module, masks: Masks, image: Tensor) -> tuple[int, int]:
@@ -62,25 +63,56 @@ def flops(model: nn.Module, masks: Masks, image: Tensor) -> tuple[int, int]:
     return dense - sum(skipped), dense
 
 
-def save_packed(path: Path, state: Mapping[str, Tensor], masks: Masks) -> int:
-    """Write a state dict with masked parameters as values of the kept entries and one bit an entry.
+def measure(
+    folder: Path,
+    model: nn.Module,
+    masks: Masks,
+    start: Mapping[str, Tensor],
+    before: Path,
+    image: Tensor,
+) -> dict[str, Any]:
+    """Write the model that a level ends with, dense and packed, and measure it.
 
     Args:
-        path: safetensors file to write.
-        state: state dict; its masked entries are zeros.
-        masks: which parameters are packed, and what they keep.
+        folder: of the level; gets ``model``, ``packed`` and ``masks`` as safetensors.
+        model: trained, its masked weights zero.
+        masks: masks of the level.
+        start: the model's state at the start of the run, on the CPU.
+        before: the model file of the level before; need not exist.
+        image: [1, C, H, W], on the model's device.
 
     Returns:
-        Size of the file in bytes.
+        A row of the levels' log, all but the accuracies.
     """
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in cpu_state(state).items():
-        if name in masks:
-            mask = masks[name].cpu()
-            tensors[f"{name}.values"] = tensor[mask]
-            tensors[f"{name}.mask"] = pack_bits(mask)
-        else:
-            tensors[name] = tensor
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary)
-    return path.stat().st_size
+    kept, state = masks.to("cpu"), cpu_state(unwrap(model).state_dict())
+    with atomic_path(folder / "model.safetensors") as temporary:
+        save_file({name: tensor.clone() for name, tensor in state.items()}, temporary)
+    kept.save(folder / "masks.safetensors")
+    packed = save_packed(folder / "packed.safetensors", state, kept)
+    operations, dense_operations = flops(model, masks, image)
+    previous = load_file(before) if before.is_file() else None
+    return {
+        "density": kept.density,
+        "nonzeros": kept.nonzeros,
+        "prunable": kept.numel,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "layers": [_layer(name, mask) for name, mask in kept.items()],
+        "flips_from_start": _flips(kept, start, state),
+        "flips_from_previous": None if previous is None else _flips(kept, previous, state),
+        "flops": operations,
+        "dense_flops": dense_operations,
+        "bytes": packed,
+        "dense_bytes": (folder / "model.safetensors").stat().st_size,
+    }
+
+
+def _layer(name: str, mask: Tensor) -> dict[str, Any]:
+    size, count = mask.numel(), int(mask.sum())
+    return {"name": name, "numel": size, "nonzeros": count, "density": count / size}
+
+
+def _flips(
+    masks: Masks, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+) -> dict[str, int]:
+    flips = masks.sign_flips(before, after)
+    return {"kept": sum(flips.kept.values()), "flipped": sum(flips.flipped.values())}

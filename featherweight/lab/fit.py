@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Optimizer
 
 from featherweight.lab.data import Batches
@@ -76,16 +77,52 @@ def _lay_out_as_weights(optimizer: Optimizer) -> None:
                 state[key] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
 
+@dataclass(frozen=True)
+class Loss:
+    """What training minimises: cross entropy, and agreement with a teacher where there is one.
+
+    With a teacher's logits t and the model's s the loss of an image is
+    ``(1 - a) CE(s) + a T^2 KL(softmax(t / T), softmax(s / T))``.
+
+    Attributes:
+        label_smoothing: 0: none.
+        distillation: a, weight of the teacher in [0, 1]; 0: none.
+        temperature: T > 0.
+        teacher: in evaluation mode; None: none.
+
+    Source: Hinton et al. 2015, arXiv:1503.02531.
+    """
+
+    label_smoothing: float = 0.0
+    distillation: float = 0.0
+    temperature: float = 6.0
+    teacher: nn.Module | None = None
+
+    def __call__(self, images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the sum over the images of a batch."""
+        hard = F.cross_entropy(
+            logits, labels, label_smoothing=self.label_smoothing, reduction="sum"
+        )
+        if self.teacher is None or self.distillation == 0.0:
+            return hard
+        with torch.no_grad():
+            target = (self.teacher(images) / self.temperature).log_softmax(1)
+        found = (logits / self.temperature).log_softmax(1)
+        soft = F.kl_div(found, target, log_target=True, reduction="sum") * self.temperature**2
+        return (1 - self.distillation) * hard + self.distillation * soft
+
+
 def train(
     model: nn.Module,
     optimizer: Optimizer,
     batches: Batches,
-    fit: FitRecipe,
+    loss: Loss,
     schedule: Schedule,
     accelerator: Accelerator,
     *,
     level: int,
     seed: int,
+    clip: float | None = None,
     epochs_done: int = 0,
 ) -> Iterator[Epoch]:
     """Train one level and yield after every epoch; the caller measures and saves in between.
@@ -97,17 +134,17 @@ def train(
     Args:
         model, optimizer: prepared by the accelerator.
         batches: training images of this rank.
-        fit: the recipe's training part.
+        loss: what is minimised.
         schedule: learning rate and number of steps of the level.
         accelerator: device, precision and ranks.
         level: index of the level.
         seed: of the run.
+        clip: limit of the gradient norm; None: none.
         epochs_done: epochs of the level to skip.
 
     Raises:
         Diverged: the loss or a weight is not finite.
     """
-    criterion = nn.CrossEntropyLoss(label_smoothing=fit.label_smoothing, reduction="sum")
     step = epochs_done * len(batches)
     for epoch in range(epochs_done, -(-schedule.steps // len(batches))):
         torch.manual_seed(derive_seed(seed, "model", level, epoch, accelerator.process_index))
@@ -122,26 +159,31 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             logits = model(images)
+            summed = loss(images, logits, labels)
             # Ranks average their gradients, so this makes it the mean over the whole batch even
             # where ranks hold unequal parts of it.
-            loss = criterion(logits, labels)
-            accelerator.backward(loss * (accelerator.num_processes / count))
-            if fit.clip is not None:
-                accelerator.clip_grad_norm_(model.parameters(), fit.clip)
+            accelerator.backward(summed * (accelerator.num_processes / count))
+            if clip is not None:
+                accelerator.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
             optimizer.zero_grad()
-            total += _sums(loss, logits, labels)
+            total += _sums(summed, logits, labels)
             step += 1
             times.append(time.perf_counter() - begun)
-        loss_sum, right, seen = reduced(total, accelerator)
-        where = f"in epoch {epoch} of level {level}"
-        if not isfinite(loss_sum):
-            raise Diverged(f"the loss became {loss_sum} {where}")
-        if not all(bool(p.isfinite().all()) for p in model.parameters()):
-            raise Diverged(f"a weight became infinite or NaN {where}")
-        seconds = time.perf_counter() - started
-        median = sorted(times)[len(times) // 2]
-        yield Epoch(epoch, step, loss_sum / seen, right / seen, rate, seconds, median)
+        mean, accuracy = _checked(model, reduced(total, accelerator), epoch, level)
+        seconds, median = time.perf_counter() - started, sorted(times)[len(times) // 2]
+        yield Epoch(epoch, step, mean, accuracy, rate, seconds, median)
+
+
+def _checked(model: nn.Module, total: list[float], epoch: int, level: int) -> tuple[float, float]:
+    """Return mean loss and accuracy of an epoch, or refuse what is not finite."""
+    loss, right, seen = total
+    where = f"in epoch {epoch} of level {level}"
+    if not isfinite(loss):
+        raise Diverged(f"the loss became {loss} {where}")
+    if not all(bool(p.isfinite().all()) for p in model.parameters()):
+        raise Diverged(f"a weight became infinite or NaN {where}")
+    return loss / seen, right / seen
 
 
 @torch.no_grad()

@@ -54,3 +54,22 @@ class Logs:
         if not self.path(name).exists():
             return []
         return [json.loads(line) for line in self.path(name).read_text("utf-8").splitlines()]
+
+
+def tensorboard(logs: Logs, folder: Path) -> None:
+    """Write the metrics as TensorBoard events, from the log alone: resuming can't double them."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    for old in folder.glob("events.*"):
+        old.unlink()
+    with SummaryWriter(str(folder)) as writer:
+        step, before = 0, {"stage": "", "steps": 0}
+        for row in logs.read("metrics"):
+            step += row["steps"] - (before["steps"] if before["stage"] == row["stage"] else 0)
+            before = row
+            for key, value in row.items():
+                if isinstance(value, float):
+                    writer.add_scalar(key.replace("_", "/", 1), value, step)
+        for row in logs.read("levels"):
+            writer.add_scalar("test/accuracy", row["test_accuracy"], row["level"])
+            writer.add_scalar("level/density", row["density"], row["level"])

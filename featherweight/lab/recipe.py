@@ -189,6 +189,11 @@ class FitRecipe:
         float, Field(ge=0, le=1, description="cosine, triangular: last rate over the peak")
     ] = 0.0
     label_smoothing: Annotated[float, Field(ge=0, lt=1, description="0: none")] = 0.0
+    distillation: Annotated[
+        float,
+        Field(ge=0, le=1, description="weight of level 0's soft targets in later levels; 0: none"),
+    ] = 0.0
+    temperature: Annotated[float, Field(gt=0, description="of the soft targets")] = 6.0
     clip: Annotated[float | None, Field(gt=0, description="gradient norm limit; null: none")] = None
 
 

@@ -7,7 +7,6 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,28 +14,25 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.optim import Optimizer
 
-from featherweight.common import atomic_path, cpu_state, write_text
-from featherweight.lab import checkpoint, cost
+from featherweight.common import cpu_state, write_text
+from featherweight.lab import checkpoint
 from featherweight.lab.checkpoint import Checkpoint, Position
-from featherweight.lab.data import Batches, Data
-from featherweight.lab.data import load as load_data
-from featherweight.lab.data.seeding import derive_seed
+from featherweight.lab.context import accelerator, locked
+from featherweight.lab.cost import measure
 from featherweight.lab.errors import BadInput, RunFailed
-from featherweight.lab.fit import Diverged, Epoch, evaluate, make_optimizer, train
+from featherweight.lab.fit import Diverged, Epoch, Loss, evaluate, make_optimizer, train
 from featherweight.lab.identity import identity
-from featherweight.lab.logs import Logs
+from featherweight.lab.logs import Logs, tensorboard
 from featherweight.lab.machine import environment
-from featherweight.lab.models import build as build_model
 from featherweight.lab.parse import to_yaml
 from featherweight.lab.recipe import Recipe
 from featherweight.lab.schedule import schedule
+from featherweight.lab.setup import make_batches, make_model, read_data
 from featherweight.lab.stages import plan
 from featherweight.sparse import Level, Masks, Resume, hold
 from featherweight.sparse.hold import _innermost
@@ -97,8 +93,8 @@ def run(recipe: Recipe, seed: int, out: Path, listen: Listener = lambda _: None)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         write_text(directory.parent / "recipe.yaml", to_yaml(recipe))
-        with _accelerator(recipe) as accelerator, _locked(directory, accelerator):
-            _Run(recipe, seed, directory, accelerator, listen).run()
+        with accelerator(recipe.execute) as acc, locked(directory, acc.is_main_process):
+            _Run(recipe, seed, directory, acc, listen).run()
     except OSError as error:
         text = f"{error.filename or directory}: {error.strerror or error}"
         if error.errno in DISK_TROUBLE:
@@ -110,45 +106,6 @@ def run(recipe: Recipe, seed: int, out: Path, listen: Listener = lambda _: None)
 
 
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-
-
-@contextmanager
-def _accelerator(recipe: Recipe) -> Iterator[Accelerator]:
-    """One Accelerator for the time of a run; process-wide torch settings are put back after."""
-    execute = recipe.execute
-    found = torch.accelerator.current_accelerator(check_available=True)
-    if execute.device not in ("auto", "cpu", found.type if found else ""):
-        raise BadInput(f"execute.device: this machine has no {execute.device}")
-    threads, matmul = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    torch.set_num_threads(execute.threads or threads)
-    torch.set_float32_matmul_precision(execute.matmul_precision)
-    # Accelerate keeps its settings for the whole process; runs differ in theirs.
-    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    precision = "no" if execute.precision == "fp32" else execute.precision
-    try:
-        # Told that it is a CPU, Accelerate joins the ranks of a torchrun through gloo.
-        on_cpu = execute.device == "cpu" or found is None
-        yield Accelerator(mixed_precision=precision, cpu=on_cpu)
-    finally:
-        torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision(matmul)
-
-
-@contextmanager
-def _locked(directory: Path, accelerator: Accelerator) -> Iterator[None]:
-    """Keep other processes out of a run's directory; of several ranks the first holds the lock."""
-    if not accelerator.is_main_process:
-        yield
-        return
-    lock = FileLock(directory / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise BadInput(f"{directory} is in use by another process") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class _Run:
@@ -168,11 +125,10 @@ class _Run:
         self.saved = time.monotonic()
 
     def run(self) -> None:
-        data = self._load_data()
-        self.batches = self._batches(data)
-        self.model = self._build(data)
+        self.data = read_data(self.recipe)
+        self.batches = make_batches(self.recipe, self.data, self.seed, self.accelerator)
+        self.model = make_model(self.recipe, self.data, self.seed)
         self.start = cpu_state(self.model.state_dict())
-        self.image = torch.zeros(1, *data.shape)
         found, refused = checkpoint.newest(self.directory / "checkpoints")
         for line in refused.values():
             self.listen(Update(0, 1, line, warning=True))
@@ -203,32 +159,6 @@ class _Run:
         held.remove()
         self._finish(level)
 
-    def _load_data(self) -> Data:
-        recipe = self.recipe.data
-        try:
-            return load_data(
-                recipe.name,
-                recipe.path,
-                validation=recipe.validation,
-                limit=recipe.limit,
-                seed=recipe.split_seed,
-            )
-        except (ValueError, OSError) as error:
-            raise BadInput(f"data: {error}") from error
-
-    def _build(self, data: Data) -> nn.Module:
-        recipe = self.recipe.model
-        try:
-            return build_model(
-                recipe.name,
-                classes=data.classes,
-                shape=data.shape,
-                seed=derive_seed(self.seed, "initialisation"),
-                **recipe.options,
-            )
-        except (ValueError, TypeError, ImportError, RuntimeError) as error:  # Runtime: no memory
-            raise BadInput(f"model: {' '.join(str(error).split())}") from error
-
     def _restore(self, found: Checkpoint) -> None:
         """Load the model and set the number of threads, on which rounding depends."""
         try:
@@ -249,38 +179,6 @@ class _Run:
         except (OSError, ValueError):
             return {}
         return recorded if isinstance(recorded, dict) else {}
-
-    def _batches(self, data: Data) -> dict[str, Batches]:
-        size, world = self.recipe.fit.batch_size, self.accelerator.num_processes
-        common: dict[str, Any] = {
-            "mean": data.mean,
-            "std": data.std,
-            "seed": self.seed,
-            "device": self.accelerator.device,
-            "rank": self.accelerator.process_index,
-            "world": world,
-        }
-        # Batch norm cannot train on a single image.
-        crumb = 0 < len(data.train) % size < 2 * world
-        if crumb and len(data.train) < size:
-            raise BadInput(f"data: {len(data.train)} training images are too few to train on")
-        augment = self.recipe.data.augment
-        batches = {
-            "train": Batches(
-                data.train,
-                batch_size=size,
-                augment=augment,
-                shuffle=True,
-                drop_last=crumb,
-                **common,
-            )
-        }
-        for name, split in {"validation": data.validation, "test": data.test}.items():
-            if len(split):
-                batches[name] = Batches(
-                    split, batch_size=max(size, 500), augment="none", shuffle=False, **common
-                )
-        return batches
 
     def _prepare(self, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
         net = torch.compile(self.model) if self.recipe.execute.compile else self.model
@@ -318,9 +216,10 @@ class _Run:
             self.net,
             self.optimizer,
             self.batches["train"],
-            fit,
+            Loss(fit.label_smoothing, fit.distillation, fit.temperature, self._teacher(level)),
             plan,
             self.accelerator,
+            clip=fit.clip,
             level=level.index,
             seed=self.seed,
             epochs_done=position.epochs if position else 0,
@@ -333,6 +232,15 @@ class _Run:
             self._after_level(level, done)
         except Diverged as error:
             raise RunFailed(f"{error}; {self._last_good()}") from None
+
+    def _teacher(self, level: Level) -> nn.Module | None:
+        """Return the dense network of level 0, which sparser levels learn from if asked to."""
+        if self.recipe.fit.distillation == 0.0 or level.index < 1:
+            return None
+        teacher = make_model(self.recipe, self.data, self.seed)
+        teacher.load_state_dict(load_file(self.directory / "level-00" / "model.safetensors"))
+        teacher.to(self.accelerator.device)
+        return teacher.eval()
 
     def _after_epoch(self, level: Level, epoch: Epoch, epochs: int) -> None:
         validation: tuple[float | None, float | None] = (None, None)
@@ -360,45 +268,14 @@ class _Run:
         loss, accuracy = evaluate(self.net, self.batches["test"], self.accelerator)
         self._check_ranks(level.masks)
         if self.accelerator.is_main_process:
-            row = {"stage": _stage(level), "level": level.index} | self._measure(level)
+            image = torch.zeros(1, *self.data.shape, device=self.accelerator.device)
+            before = self.directory / f"level-{level.index - 1:02d}" / "model.safetensors"
+            folder = self.directory / _stage(level)
+            row = {"stage": _stage(level), "level": level.index}
+            row |= measure(folder, self.model, level.masks, self.start, before, image)
             self.logs.append("levels", row | {"test_accuracy": accuracy, "test_loss": loss})
             self._save(level, Position(level.index, done.epochs, done.steps, finished=True))
         self.accelerator.wait_for_everyone()
-
-    def _measure(self, level: Level) -> dict[str, Any]:
-        masks, state = level.masks.to("cpu"), cpu_state(self.model.state_dict())
-        folder = self.directory / _stage(level)
-        with atomic_path(folder / "model.safetensors") as temporary:
-            save_file({n: t.clone() for n, t in state.items()}, temporary)
-        masks.save(folder / "masks.safetensors")
-        packed = cost.save_packed(folder / "packed.safetensors", state, masks)
-        image = self.image.to(self.accelerator.device)
-        flops, dense_flops = cost.flops(self.model, level.masks, image)
-        before = self.directory / f"level-{level.index - 1:02d}" / "model.safetensors"
-        flips = masks.sign_flips(self.start, state)
-        return {
-            "density": masks.density,
-            "nonzeros": masks.nonzeros,
-            "prunable": masks.numel,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "layers": [
-                {
-                    "name": n,
-                    "numel": masks[n].numel(),
-                    "nonzeros": c,
-                    "density": c / masks[n].numel(),
-                }
-                for n, c in masks.counts().items()
-            ],
-            "flips_from_start": _flips(flips),
-            "flips_from_previous": _flips(masks.sign_flips(load_file(before), state))
-            if before.is_file()
-            else None,
-            "flops": flops,
-            "dense_flops": dense_flops,
-            "bytes": packed,
-            "dense_bytes": (folder / "model.safetensors").stat().st_size,
-        }
 
     def _check_ranks(self, masks: Masks) -> None:
         """Refuse to go on if ranks have come to different masks."""
@@ -448,25 +325,6 @@ class _Run:
         checkpoint.discard(self.directory / "checkpoints")
 
 
-def tensorboard(logs: Logs, folder: Path) -> None:
-    """Write the metrics as TensorBoard events, from the log alone: resuming can't double them."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    for old in folder.glob("events.*"):
-        old.unlink()
-    with SummaryWriter(str(folder)) as writer:
-        step, before = 0, {"stage": "", "steps": 0}
-        for row in logs.read("metrics"):
-            step += row["steps"] - (before["steps"] if before["stage"] == row["stage"] else 0)
-            before = row
-            for key, value in row.items():
-                if isinstance(value, float):
-                    writer.add_scalar(key.replace("_", "/", 1), value, step)
-        for row in logs.read("levels"):
-            writer.add_scalar("test/accuracy", row["test_accuracy"], row["level"])
-            writer.add_scalar("level/density", row["density"], row["level"])
-
-
 # What a killed process leaves: names of atomic_path, and of safetensors.
 _TEMPORARY = re.compile(r"\.(.+\.(safetensors|json)\.\w{8}|tmp\w{6})")
 
@@ -481,10 +339,6 @@ def _next(levels: Iterator[Level]) -> Level | None:
 
 def _stage(level: Level) -> str:
     return "warmup" if level.warmup else f"level-{level.index:02d}"
-
-
-def _flips(flips: Any) -> dict[str, int]:
-    return {"kept": sum(flips.kept.values()), "flipped": sum(flips.flipped.values())}
 
 
 def _resume(found: Checkpoint | None) -> Resume | None:

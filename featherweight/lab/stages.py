@@ -40,6 +40,8 @@ def plan(
         "exclude": sparse.exclude,
     }
     try:
+        if sparse.method == "dense" and sparse.density < 1:
+            raise ValueError(f"method dense keeps every weight, density is {sparse.density:g}")
         if sparse.method not in LOOPS:
             return iterate(model, levels=0, support=_pruned_once(recipe, model, seed), **common)
         return LOOPS[sparse.method].method(model, **_loop_options(recipe, model, seed), **common)

@@ -24,6 +24,7 @@ from featherweight.sparse.loops import (
     wr,
 )
 from featherweight.sparse.masks import Masks, Overlap, SignFlips
+from featherweight.sparse.packed import load_packed, save_packed
 from featherweight.sparse.prune import magnitude, prune, random
 from featherweight.sparse.reparam import edge_popup, fold
 from featherweight.sparse.select import select, top_k
@@ -34,6 +35,8 @@ __all__ = [
     "Masks",  # parameter name -> bool tensor: combine, compare, save, load, apply
     "Overlap",  # how far two masks agree
     "SignFlips",  # how many kept weights changed sign
+    "save_packed",  # a model as small as its kept weights
+    "load_packed",
     # one-line masks
     "random",  # random masks with a density rule
     "magnitude",  # the largest weights

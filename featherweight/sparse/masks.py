@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -241,9 +242,12 @@ class Masks(Mapping[str, Tensor]):
         The file holds one bit an entry, the names and shapes, and a format version.
         """
         shapes = {name: list(mask.shape) for name, mask in self.items()}
-        metadata = {"format": FORMAT, "version": str(VERSION), "shapes": json.dumps(shapes)}
+        # One metadata key: safetensors writes several in random order, so that equal masks would
+        # make unequal files.
+        header = json.dumps({"format": FORMAT, "version": VERSION, "shapes": shapes})
         with atomic_path(Path(path)) as temporary:
-            save_file({n: pack_bits(m) for n, m in self.items()}, temporary, metadata)
+            packed = {name: pack_bits(mask) for name, mask in self.items()}
+            save_file(packed, temporary, {"featherweight": header})
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module | None = None) -> Masks:
@@ -263,17 +267,16 @@ class Masks(Mapping[str, Tensor]):
             raise FileNotFoundError(f"no mask file at {path}")
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
+                header = json.loads((file.metadata() or {}).get("featherweight", "{}"))
                 packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
+        except (SafetensorError, ValueError) as error:
             raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path} is no mask file: format {metadata.get('format')!r}")
-        if metadata.get("version") != str(VERSION):
-            raise ValueError(
-                f"{path} has mask format version {metadata.get('version')}, this reads {VERSION}"
-            )
-        masks = cls(_unpack(path, packed, metadata.get("shapes", "")))
+        if not isinstance(header, dict) or header.get("format") != FORMAT:
+            raise ValueError(f"{path} is no mask file")
+        if header.get("version") != VERSION:
+            version = header.get("version")
+            raise ValueError(f"{path} has mask format version {version}, this reads {VERSION}")
+        masks = cls(_unpack(path, packed, header.get("shapes")))
         if model is not None:
             masks.weights(model)
         return masks
@@ -307,9 +310,8 @@ def unpack_bits(packed: Tensor, shape: Iterable[int]) -> Tensor:
     return bits[: size.numel()].view(size)
 
 
-def _unpack(path: Path, packed: Mapping[str, Tensor], shapes: str) -> dict[str, Tensor]:
+def _unpack(path: Path, packed: Mapping[str, Tensor], table: Any) -> dict[str, Tensor]:
     try:
-        table = json.loads(shapes)
         if set(table) != set(packed):
             raise ValueError(
                 f"its names and shapes disagree: {sorted(set(table) ^ set(packed))[0]!r}"

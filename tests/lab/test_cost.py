@@ -1,17 +1,12 @@
 """Costs against counts by hand: operations of layers, dense and masked; bytes of packed files."""
 
-import json
-import struct
-
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from featherweight.lab import cost
 from featherweight.lab.models import build
 from featherweight.sparse import Masks, random
-from featherweight.sparse.masks import unpack_bits
 from tests.models import ConvNet
 
 
@@ -99,59 +94,3 @@ class TestFlops:
             cost.flops(model, Masks.dense(model), torch.zeros(1, 7))
         assert model.training
         assert not model[0]._forward_hooks
-
-
-def header_size(path) -> int:
-    """The format: eight bytes that say how long the header is, the header, the tensors."""
-    (length,) = struct.unpack("<Q", path.read_bytes()[:8])
-    json.loads(path.read_bytes()[8 : 8 + length])
-    return 8 + length
-
-
-class TestPacked:
-    @pytest.mark.parametrize("density", [1.0, 0.5, 0.05])
-    def test_size_is_four_bytes_a_kept_weight_and_a_bit_an_entry(self, density, tmp_path):
-        model = build("mlp", classes=10, shape=(1, 8, 8), seed=0, width=30)
-        masks = masks_of(model, density)
-        size = cost.save_packed(tmp_path / "packed", model.state_dict(), masks)
-        assert size == (tmp_path / "packed").stat().st_size
-        rest = sum(
-            t.numel() * t.element_size() for n, t in model.state_dict().items() if n not in masks
-        )
-        bits = sum(-(-mask.numel() // 8) for mask in masks.values())
-        assert size - header_size(tmp_path / "packed") == 4 * masks.nonzeros + bits + rest
-
-    def test_unpacked_by_hand_it_is_the_model(self, tmp_path):
-        model = ConvNet()
-        masks = random(model, 0.3, "uniform", seed=0)
-        masks.apply_(model)
-        cost.save_packed(tmp_path / "packed", model.state_dict(), masks)
-        stored = load_file(tmp_path / "packed")
-        for name, tensor in model.state_dict().items():
-            if name not in masks:
-                assert torch.equal(stored.pop(name), tensor)
-                continue
-            dense = torch.zeros_like(tensor)
-            kept = unpack_bits(stored.pop(f"{name}.mask"), tensor.shape)
-            dense[kept] = stored.pop(f"{name}.values")
-            assert torch.equal(kept, masks[name])
-            assert torch.equal(dense, tensor)
-        assert stored == {}
-
-    def test_dtypes_stay(self, tmp_path):
-        model = nn.Linear(8, 4).to(torch.bfloat16)
-        size = cost.save_packed(tmp_path / "packed", model.state_dict(), Masks.dense(model))
-        assert load_file(tmp_path / "packed")["weight.values"].dtype == torch.bfloat16
-        assert size - header_size(tmp_path / "packed") == 2 * 32 + 4 + 2 * 4
-
-    def test_an_error_leaves_the_old_file(self, tmp_path, monkeypatch):
-        def fail(*_: object) -> None:
-            raise OSError("disk full")
-
-        (tmp_path / "packed").write_text("old")
-        monkeypatch.setattr(cost, "save_file", fail)
-        model = nn.Linear(2, 2)
-        with pytest.raises(OSError, match="disk full"):
-            cost.save_packed(tmp_path / "packed", model.state_dict(), Masks.dense(model))
-        assert [path.name for path in tmp_path.iterdir()] == ["packed"]
-        assert (tmp_path / "packed").read_text() == "old"

@@ -61,6 +61,8 @@ EVERY_KEY = {
     "fit.final": 0.125,
     "fit.label_smoothing": 0.1,
     "fit.clip": 2.0,
+    "fit.distillation": 0.5,
+    "fit.temperature": 4.0,
     "execute.device": "cpu",
     "execute.precision": "bf16",
     "execute.matmul_precision": "medium",

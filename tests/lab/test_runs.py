@@ -15,7 +15,7 @@ from filelock import FileLock
 from torch import nn
 
 from featherweight.common import write_text
-from featherweight.lab import checkpoint, runs
+from featherweight.lab import checkpoint, cost, runs, setup
 from featherweight.lab.errors import BadInput, RunFailed
 from featherweight.lab.parse import build, to_yaml
 from featherweight.lab.recipe import Recipe
@@ -266,9 +266,8 @@ class TestKilled:
     @pytest.mark.parametrize("nth", [1, 2, 3])
     def test_before_and_after_each_write(self, function, nth, whole, tmp_path, monkeypatch):
         recipe = tiny(**METHODS["lrr"])
-        owner = {"save_packed": runs.cost, "save": checkpoint, "discard": checkpoint}.get(
-            function, runs
-        )
+        owners = {"save_packed": cost, "save_file": cost, "save": checkpoint, "discard": checkpoint}
+        owner = owners.get(function, runs)
         original, calls = getattr(owner, function), [0]
 
         def deadly(*args: object, **kwargs: object) -> object:
@@ -689,7 +688,7 @@ class TestBadInput:
         def refuse(*_: object, **__: object) -> None:
             raise PermissionError(errno.EACCES, "Permission denied", "/data/file")
 
-        monkeypatch.setattr(runs, "load_data", refuse)
+        monkeypatch.setattr(setup, "load_data", refuse)
         with pytest.raises(BadInput, match=r"data: .*Permission denied: '/data/file'"):
             run(tiny(), 0, tmp_path)
 

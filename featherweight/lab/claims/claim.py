@@ -71,6 +71,11 @@ class Claim:
     region: tuple[float, float] = (0.0, inf)
     scale: float = 100.0
 
+    @property
+    def arxiv(self) -> str:
+        """The paper's arXiv id."""
+        return self.paper.rpartition("arXiv:")[2]
+
     def test(self, settings: Settings) -> Outcome:
         """Do what is missing of the runs and judge."""
         return Outcome(self, tuple(self.experiment.effects(settings)))
@@ -179,7 +184,7 @@ class _Claims(dict[str, Claim]):
         """Return claims by name, by paper (its arXiv id), or all."""
         found: list[Claim] = []
         for name in names:
-            some = [c for c in self.values() if name in ("all", c.name) or c.paper.endswith(name)]
+            some = [c for c in self.values() if name in ("all", c.name) or c.arxiv == name]
             if not some:
                 raise ValueError(unknown("claim", name, ["all", *self]))
             found += [claim for claim in some if claim not in found]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf, sqrt
+from math import inf, isfinite, sqrt
 from statistics import fmean, stdev
 from typing import Literal
 
@@ -22,9 +22,9 @@ def interval(effects: Sequence[float], confidence: float = 0.95) -> tuple[float,
         confidence: in (0, 1).
 
     Returns:
-        Lower and upper end; without bounds for fewer than two seeds.
+        Lower and upper end; without bounds for fewer than two seeds or a non-finite effect.
     """
-    if len(effects) < 2:
+    if len(effects) < 2 or not all(map(isfinite, effects)):
         return -inf, inf
     mean, spread = fmean(effects), stdev(effects) / sqrt(len(effects))
     reach = float(stats.t.ppf((1 + confidence) / 2, len(effects) - 1)) * spread

@@ -13,6 +13,7 @@ Scores = dict[str, Tensor]
 """Parameter name to a score for every entry; larger is kept first."""
 
 CRITERIA: Registry[Callable[..., Scores]] = Registry("criterion")
+"""What a weight is worth: functions of the weights, by name."""
 
 
 def score(criterion: str, weights: Mapping[str, Tensor], **available: Any) -> Scores:

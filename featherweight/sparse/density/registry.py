@@ -11,3 +11,4 @@ DensityRule = Callable[[Shapes, float], dict[str, float]]
 """A rule: shapes and the overall density to the kept fraction of each layer."""
 
 DENSITIES: Registry[Callable[..., dict[str, float]]] = Registry("density rule")
+"""How many weights each layer keeps: functions of shapes and overall density, by name."""

@@ -6,3 +6,4 @@ from featherweight.common import Registry
 from featherweight.sparse.loops.driver import Level
 
 LOOPS: Registry[Callable[..., Iterator[Level]]] = Registry("loop")
+"""Methods that prune between trainings: generators of levels, by name."""

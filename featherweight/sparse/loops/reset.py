@@ -21,6 +21,7 @@ Rewind = Mapping[str, Tensor]
 Reset = Callable[..., None]
 
 RESETS: Registry[Reset] = Registry("reset")
+"""What goes back to the rewinding point after a pruning: functions in place, by name."""
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

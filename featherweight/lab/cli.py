@@ -228,6 +228,7 @@ def _show_report(runs: list[Path], out: Path, console: object, *, write: bool) -
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with 0 (done), 1 (failed) or 2 (bad input)."""
     words = sys.argv[1:] if arguments is None else arguments
+    words = _positionals_first(words)
     command = tyro.cli(
         Command,
         prog="featherweight",
@@ -246,6 +247,18 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _positionals_first(words: list[str]) -> list[str]:
+    """Let overrides stand anywhere: ``run RECIPE --jobs 2 key=value`` is no mistake."""
+    if words[:1] != ["run"]:
+        return words
+    positionals: list[str] = []
+    options: list[str] = []
+    for word in words[1:]:
+        takes_value = options[-1:] in (["--out"], ["--jobs"])
+        (options if word.startswith("-") or takes_value else positionals).append(word)
+    return ["run", *positionals, *options]
 
 
 def _stop(message: str, code: int) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -162,8 +162,13 @@ def _describe(node: Any, prefix: str) -> Iterator[tuple[str, str, str]]:
             yield from _describe(value, f"{prefix}{item.name}.")
         else:
             texts = [getattr(a, "description", None) for a in get_args(hints[item.name])[1:]]
-            text = next((t for t in texts if t), "")
+            text = next((t for t in texts if t), "") + _choices(get_args(hints[item.name])[0])
             yield f"{prefix}{item.name}", "null" if value is None else str(value), text
+
+
+def _choices(hint: Any) -> str:
+    """List the words that a key can take, where the type says them all."""
+    return f" ({', '.join(get_args(hint))})" if get_origin(hint) is Literal else ""
 
 
 _LEAVES = ("length",)

@@ -166,13 +166,14 @@ class FitRecipe:
         DEFAULT_LENGTH
     )
     batch_size: Annotated[Positive, Field(description="images a step, over all devices")] = 64
-    optimizer: Annotated[Literal["sgd", "adamw"], Field(description="sgd or adamw")] = "sgd"
+    optimizer: Annotated[Literal["sgd", "adamw"], Field(description="what steps")] = "sgd"
     learning_rate: Annotated[float, Field(gt=0, description="peak learning rate")] = 0.1
     momentum: Annotated[float, Field(ge=0, lt=1, description="sgd: momentum; 0: none")] = 0.9
     nesterov: Annotated[bool, Field(description="sgd: Nesterov momentum")] = False
     weight_decay: Annotated[NotNegative, Field(description="weight decay; 0: none")] = 5e-4
     schedule: Annotated[
-        Literal["constant", "cosine", "step", "triangular"], Field(description="after the warm-up")
+        Literal["constant", "cosine", "step", "triangular"],
+        Field(description="of the learning rate"),
     ] = "triangular"
     warmup: Annotated[
         DurationField | None,

@@ -328,7 +328,7 @@ def rewrite(path: Path, **changes: object) -> None:
 
 
 class TestVersions:
-    def test_the_helper_writes_what_is_read(self, two):
+    def test_what_is_written_by_hand_is_read(self, two):
         rewrite(two / "000001.json", logs={"metrics": 77})
         assert read(two).logs == {"metrics": 77}
 

@@ -4,6 +4,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -323,3 +324,18 @@ def test_errors_of_workers_can_cross_processes():
     import pickle
 
     assert str(pickle.loads(pickle.dumps(RunFailed("why")))) == "why"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run", "--jobs", "2", "lrr-digits", "--out", "x", "seeds=[0]", "--report"],
+        ["run", "lrr-digits", "seeds=[0]", "--jobs", "2", "--out", "x", "--report"],
+        ["run", "--report", "lrr-digits", "--out", "x", "--jobs", "2", "seeds=[0]"],
+    ],
+)
+def test_overrides_may_stand_anywhere(words, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli.Run, "execute", lambda self: seen.append(self))
+    cli.main(words)
+    assert seen == [cli.Run(("lrr-digits", "seeds=[0]"), out=Path("x"), jobs=2, report=True)]

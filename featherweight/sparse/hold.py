@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from featherweight.common import unwrap
 from featherweight.sparse.masks import Masks
 
-# Where weight, gradient and state of an entry are zero, a step of these leaves them zero, so that
-# state need not be zeroed again after a step whose gradients nobody touched since they were masked.
+# Where weight, gradient and state of an entry are zero, a step of these leaves them zero. So with
+# them masking before the step is enough, and what nobody touched since need not be masked again.
 KEEPS_ZEROS: tuple[type[Optimizer], ...] = (
     torch.optim.SGD,
     torch.optim.Adam,
@@ -23,6 +23,8 @@ KEEPS_ZEROS: tuple[type[Optimizer], ...] = (
     torch.optim.RMSprop,
     torch.optim.Adagrad,
 )
+
+MEND_EVERY = 4  # steps
 
 
 class Hold:
@@ -38,8 +40,10 @@ class Hold:
         trained = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
         if not any(id(weight) in trained for weight in self._weights.values()):
             raise ValueError("the optimizer trains none of the masked weights")
-        self._masked: dict[int, tuple[Tensor, int]] = {}
-        self._untouched = False
+        self._masked: dict[int, tuple[Tensor, int]] = {}  # gradients as masked, with their version
+        self._versions: dict[int, int] = {}  # of the weights, when last known to be masked
+        self._zeros_stay = False
+        self._turn = 0
         self._set(masks)
         self.rezero_()
         self._handles: list[Any] = [
@@ -84,39 +88,54 @@ class Hold:
     def _before_step(self, _: Optimizer, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         # torch passes the optimizer itself as the first argument; anything more is a closure.
         closure = any(value is not None for value in (*arguments[1:], *named.values()))
-        self._untouched = type(self._optimizer) in KEEPS_ZEROS and not closure
-        for weight in self._weights.values():
-            gradient, version = self._masked.get(id(weight), (None, 0))
-            if weight.grad is not None:
-                same = weight.grad is gradient and gradient._version == version
-                self._untouched = self._untouched and same
+        sharded = any(hasattr(weight, "placements") for weight in self._weights.values())
+        self._zeros_stay = type(self._optimizer) in KEEPS_ZEROS and not closure and not sharded
+        if self._zeros_stay:
+            self._mask_what_changed()
         self._masked.clear()
 
+    @torch.no_grad()
+    def _mask_what_changed(self) -> None:
+        """Mask gradients and weights that others wrote to: clipped, assigned, edited in place."""
+        for weight in self._weights.values():
+            gradient, version = self._masked.get(id(weight), (None, 0))
+            if weight.grad is not gradient or (
+                gradient is not None and gradient._version != version
+            ):
+                self._mask_gradient(weight)
+            if weight._version != self._versions[id(weight)]:
+                weight.mul_(self._factor(weight))
+
     def _after_step(self, *_: object) -> None:
-        if self._untouched:
-            self._rezero(self._weights.values(), with_state=False)
-        else:
-            self.rezero_()
+        weights = list(self._weights.values())
+        if self._zeros_stay:
+            # Writes through .data leave no trace; zeroing one weight with its state now and then,
+            # in turn, mends them.
+            self._turn = (self._turn + 1) % (MEND_EVERY * len(weights))
+            weights = [] if self._turn % MEND_EVERY else [weights[self._turn // MEND_EVERY]]
+        self._rezero(weights)
 
     def rezero_(self) -> None:
         """Set masked weights and the optimizer's state of masked weights to zero.
 
-        Runs by itself when the hold begins, after every optimizer step that could have changed
-        them, and after a state dict is loaded into the model or the optimizer.
+        Runs by itself when the hold begins, after a step of any optimizer that is not known to
+        leave zeros alone, and after a state dict is loaded into the model or the optimizer.
         """
-        self._rezero(self._weights.values(), with_state=True)
+        self._rezero(self._weights.values())
 
     @torch.no_grad()
-    def _rezero(self, weights: Iterable[Tensor], *, with_state: bool) -> None:
+    def _rezero(self, weights: Iterable[Tensor]) -> None:
         tensors: list[Tensor] = []
         factors: list[Tensor] = []
         for weight in weights:
             factor = self._factor(weight)
-            state = self._optimizer.state.get(weight, {}) if with_state else {}
+            state = self._optimizer.state.get(weight, {})
             for tensor in (weight, *elementwise_state(weight, state).values()):
                 tensors.append(tensor)
-                factors.append(factor if factor.dtype == tensor.dtype else factor.to(tensor.dtype))
-        torch._foreach_mul_(tensors, factors)
+                factors.append(factor.to(tensor.dtype))
+        if tensors:
+            torch._foreach_mul_(tensors, factors)
+        self._versions = {id(weight): weight._version for weight in self._weights.values()}
 
     @torch.no_grad()
     def update(self, masks: Masks, grown: Mapping[str, Tensor] | None = None) -> None:
@@ -166,10 +185,11 @@ def hold(model: nn.Module, optimizer: Optimizer, masks: Masks) -> Hold:
 
     Hooks do it, so that the model's class, parameters and state-dict keys stay as they are:
     gradients are masked as they accumulate (clipping by global norm sees masked gradients), and
-    masked weights and their optimizer state are zeroed after each optimizer step (the state only
-    where the step can have changed it) and after a state dict is loaded. Works with any optimizer
-    whose state is elementwise, with gradient accumulation, ``GradScaler``, closures, compiled
-    models and data-parallel training.
+    masked weights and their optimizer state are zero after each optimizer step and after a state
+    dict is loaded. After a step of an optimizer that leaves zeros alone (SGD, the Adam family)
+    nothing need be zeroed; what is changed in place between backward and step is masked again
+    before it. Works with any optimizer whose state is elementwise, with gradient accumulation,
+    ``GradScaler``, closures, compiled models, data-parallel and sharded training.
 
     Args:
         model: the model, wrapped or not.

@@ -8,7 +8,7 @@ from torch import nn
 
 from featherweight import sparse
 from featherweight.sparse import Masks, hold
-from featherweight.sparse.hold import KEEPS_ZEROS
+from featherweight.sparse.hold import KEEPS_ZEROS, MEND_EVERY
 from tests.models import ConvNet, mlp, train_steps
 
 OPTIMIZERS = {
@@ -267,6 +267,26 @@ def test_gradients_and_state_that_others_touch_bring_nothing_back(name, how):
         for tensor in optimizer.state[weight].values():
             if tensor is not None and tensor.shape == weight.shape:
                 assert (tensor[off] == 0).all()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_weights_that_others_edit_are_masked_by_the_next_step(name):
+    model = mlp()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    masks = sparse.random(model, 0.2, seed=0)
+    hold(model, optimizer, masks)
+    train_steps(model, optimizer, 2)
+    with torch.no_grad():
+        model[3].weight.add_(0.1)
+    train_steps(model, optimizer, 1)
+    assert Masks.nonzero(model) == masks
+    model[0].weight.data.add_(0.1)  # leaves no trace: mended in one round over the weights
+    train_steps(model, optimizer, MEND_EVERY * len(masks))
+    assert Masks.nonzero(model) == masks
+    for weight_name, weight in masks.weights(model).items():
+        for tensor in optimizer.state[weight].values():
+            if torch.is_tensor(tensor) and tensor.shape == weight.shape:
+                assert (tensor[~masks[weight_name]] == 0).all()
 
 
 @pytest.mark.parametrize("kind", KEEPS_ZEROS)

@@ -1,0 +1,5 @@
+"""``python -m featherweight`` is the command ``featherweight``."""
+
+from featherweight.lab.cli import main
+
+main()

@@ -165,7 +165,7 @@ class Guard(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         root = name.partition(".")[0]
         if root in {forbidden}:
-            raise ImportError(f"{{name}} is not a core dependency")
+            raise ModuleNotFoundError(f"{{name}} is not a core dependency", name=root)
 
 sys.meta_path.insert(0, Guard())
 import safetensors.torch
@@ -186,6 +186,15 @@ def test_the_rooms_need_nothing_but_the_core():
     code = GUARD.format(forbidden=lab | {"scipy", "tensorboard", "tyro", "transformers"})
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "ok", done.stderr
+
+
+def test_the_command_line_says_what_it_needs():
+    code = GUARD.format(forbidden={"tyro"}).replace('print("ok")', "")
+    code += "\nfrom featherweight.__main__ import main\nmain()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "pip install 'featherweight[lab]'" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_rooms_import_neither_each_other_nor_the_lab():

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from benchmarks import hold, select
+from benchmarks.provenance import provenance
 from featherweight.common import write_text
-from featherweight.lab.machine import cpu_name
 
 
 def main() -> None:
@@ -15,7 +15,7 @@ def main() -> None:
         table = module.measure()
         print(table, "\n", flush=True)
         head = f"# Benchmark: {name}\n\n{module.__doc__.strip()}\n\nRegenerate: `make bench`. "
-        write_text(folder / f"bench-{name}.md", f"{head}Measured on {cpu_name()}.\n\n{table}\n")
+        write_text(folder / f"bench-{name}.md", f"{head}{provenance()}\n\n{table}\n")
 
 
 if __name__ == "__main__":

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks.provenance import provenance
 from featherweight.common import write_text
 from featherweight.lab import report
 from featherweight.lab.claims import CLAIMS, Outcome
 from featherweight.lab.claims.claim import Settings
 from featherweight.lab.launch import launch, tasks
-from featherweight.lab.machine import cpu_name
 from featherweight.lab.parse import load
 from featherweight.lab.report.text import accuracy, count, percent, scaled, three
 
@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 RUNS = ROOT / "runs" / "results"
 DIGITS = ("dense-digits", "random-digits", "imp-digits", "lrr-digits")
+TITLES = {"digits": "Digits", "cifar10": "CIFAR-10"}
 CIFAR = ("imp-cifar10-mini", "lrr-cifar10-mini")
 
 
@@ -58,12 +59,12 @@ def training_page(
     (RESULTS / f"{name}-accuracy.png").write_bytes(picture.read_bytes())
     hours = sum(_seconds(d) for d in directories) / 3600
     text = (
-        f"# {name}\n\n"
+        f"# {TITLES[name]}\n\n"
         f"Recipes: {', '.join(f'`{r}`' for r in recipes)}. Test accuracy is mean ± standard "
         "deviation over seeds, with their number in brackets; the test set is looked at once a "
         "level, after its last epoch, and nothing is chosen by it.\n\n"
         f"![test accuracy against density]({name}-accuracy.png)\n\n{table}\n"
-        f"Measured on {cpu_name()}, {hours:.2f} process-hours of training. "
+        f"{provenance()} {hours:.2f} process-hours of training, two runs at a time. "
         "Regenerate: `make results DATA=PATH`.\n"
     )
     write_text(RESULTS / f"{name}.md", text)
@@ -117,7 +118,7 @@ def claims_page(settings: Settings) -> None:
                 blocks.append(_row(claim.test(settings)))
                 print(f"{claim.name}: {time.perf_counter() - started:.0f} s", flush=True)
         blocks.append("")
-    blocks.append(f"Measured on {cpu_name()}.\n")
+    blocks.append(provenance() + "\n")
     write_text(RESULTS / "claims.md", "\n".join(blocks))
 
 

@@ -116,7 +116,8 @@ class Run:
             raise BadInput("--jobs is for one process; several ranks do one run at a time")
         todo = tasks([recipe for name in names for recipe in load(name, overrides)])
         main = os.environ.get("RANK", "0") == "0"
-        console = Console(quiet=not main)
+        # Where the output is no terminal, rich would fold tables at 80 columns.
+        console = Console(quiet=not main, width=None if sys.stdout.isatty() else 100)
         console.print(f"{len(todo)} runs in {self.out}", highlight=False)
         done = launch(todo, self.out, self.jobs, console)
         if main:

@@ -150,9 +150,12 @@ class Hold:
             grown: start values of grown entries by parameter name, of the parameters' shapes.
 
         Raises:
-            ValueError: the masks do not fit; nothing is changed then.
+            ValueError: the masks or start values do not fit; nothing is changed then.
         """
         self._masks.check(masks)
+        for name, start in (grown or {}).items():
+            if name not in self._weights or start.shape != self._weights[name].shape:
+                raise ValueError(f"grown: {name!r} of shape {list(start.shape)} is no held weight")
         for name, weight in self._weights.items():
             new = masks[name].to(weight.device) & ~self._masks[name].to(weight.device)
             fresh = _like(new, weight).bool()

@@ -139,6 +139,28 @@ def test_closures_and_gradient_scaling():
     assert Masks.nonzero(model) == masks
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_a_closure_that_tampers_with_gradients_brings_nothing_back(named):
+    """Gradients change inside the step, where no check before it can see them."""
+    model = mlp()
+    masks = sparse.random(model, 0.2, seed=0)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    hold(model, optimizer, masks)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(torch.randn(8, 16)).square().mean()
+        loss.backward()
+        model[0].weight.grad.add_(1.0)
+        return loss
+
+    for _ in range(2):
+        optimizer.step(closure=closure) if named else optimizer.step(closure)
+        assert Masks.nonzero(model) == masks
+        momentum = optimizer.state[model[0].weight]["momentum_buffer"]
+        assert (momentum[~masks["0.weight"]] == 0).all()
+
+
 def test_a_compiled_model_trains_held():
     model, plain = mlp(norm=False), mlp(norm=False)
     masks = sparse.random(model, 0.2, seed=0)
@@ -215,13 +237,18 @@ def test_update_forgets_grown_state_left_by_others():
     assert (optimizer.state[model[0].weight]["momentum_buffer"][grown] == 0).all()
 
 
-def test_update_with_masks_of_another_model_changes_nothing():
+def test_an_update_that_does_not_fit_changes_nothing():
     model = mlp()
     masks = sparse.random(model, 0.3, seed=0)
     held = hold(model, torch.optim.SGD(model.parameters(), 0.1), masks)
+    before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="masks do not fit"):
         held.update(Masks.dense(mlp(8)))
+    for grown in ({"0.weight": torch.ones(3)}, {"0.bias": torch.ones(24)}):
+        with pytest.raises(ValueError, match="is no held weight"):
+            held.update(Masks.dense(model), grown=grown)
     assert held.masks is masks
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
 def test_remove_lets_go():

@@ -1,0 +1,173 @@
+"""Runs of hundredths of a second, ways to kill them, and what it means that two are the same."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from featherweight.lab.parse import build
+from featherweight.lab.recipe import Recipe
+from featherweight.lab.runs import Update, run, run_directory
+from featherweight.sparse import Masks
+
+TINY = [
+    ("data.limit", 120),
+    ("model.options.width", 12),
+    ("fit.length", "2ep"),
+    ("fit.batch_size", 32),
+    ("execute.device", "cpu"),
+    ("execute.checkpoint_seconds", 0),
+]
+"""Four steps an epoch; a level takes some hundredths of a second."""
+
+
+def tiny(**changes: object) -> Recipe:
+    """Make a recipe; ``sparse__method`` stands for ``sparse.method``."""
+    pairs = [(key.replace("__", "."), value) for key, value in changes.items()]
+    return build({"name": "tiny"}, [*TINY, *pairs])
+
+
+METHODS: dict[str, dict[str, object]] = {
+    "dense": {},
+    "random": {"sparse__method": "random", "sparse__density": 0.3, "sparse__allocation": "erk"},
+    "lrr": {"sparse__method": "lrr", "sparse__levels": 2, "sparse__per_level": 0.5},
+    "imp": {"sparse__method": "imp", "sparse__levels": 2, "sparse__per_level": 0.5},
+    "wr": {"sparse__method": "wr", "sparse__levels": 2, "sparse__rewind": "1ep"},
+    "lrr, warm-up of three epochs": {
+        "sparse__method": "lrr",
+        "sparse__levels": 1,
+        "sparse__rewind": "11it",
+    },
+    "lrr, random criterion": {
+        "sparse__method": "lrr",
+        "sparse__levels": 2,
+        "sparse__criterion": "random",
+    },
+    "lrr, shuffled magnitudes": {
+        "sparse__method": "lrr",
+        "sparse__levels": 2,
+        "sparse__reset": ["shuffled-magnitudes", "norms"],
+    },
+    "lrr, adamw, state carried": {
+        "sparse__method": "lrr",
+        "sparse__levels": 2,
+        "sparse__optimizer_state": "carry",
+        "fit__optimizer": "adamw",
+        "fit__learning_rate": 0.003,
+    },
+    "lrr, adamw, state rewound": {
+        "sparse__method": "lrr",
+        "sparse__levels": 2,
+        "sparse__rewind": "1ep",
+        "sparse__optimizer_state": "rewind",
+        "fit__optimizer": "adamw",
+        "fit__learning_rate": 0.003,
+    },
+    "lrr, length in steps, augmented, clipped": {
+        "sparse__method": "lrr",
+        "sparse__levels": 1,
+        "fit__length": "9it",
+        "fit__clip": 0.5,
+        "fit__label_smoothing": 0.1,
+        "data__augment": "crop-flip",
+    },
+    "convolutions, channels last, bf16": {
+        "model__name": "resnet20",
+        "model__options": {"width": 2},
+        "data__limit": 40,
+        "sparse__method": "imp",
+        "sparse__levels": 1,
+        "execute__channels_last": True,
+        "execute__precision": "bf16",
+    },
+    "convolutions, channels last, adamw, state rewound": {
+        "model__name": "resnet20",
+        "model__options": {"width": 2},
+        "data__limit": 40,
+        "sparse__method": "lrr",
+        "sparse__levels": 2,
+        "sparse__rewind": "2ep",
+        "sparse__optimizer_state": "rewind",
+        "fit__length": "1ep",
+        "fit__optimizer": "adamw",
+        "execute__channels_last": True,
+    },
+}
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing in the package may catch it."""
+
+
+def killer(epoch: int):
+    """Return a listener that dies in the given epoch of its process: logged, not saved."""
+    seen = [0]
+
+    def listen(update: Update) -> None:
+        assert not update.warning, update.text
+        seen[0] += 1
+        if seen[0] == epoch:
+            raise Killed
+
+    return listen
+
+
+def run_until_killed(recipe: Recipe, folder: Path, epoch: int) -> bool:
+    """Run; tell whether it was killed before its end."""
+    try:
+        run(recipe, 0, folder, killer(epoch))
+    except Killed:
+        return True
+    return False
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    """Return all that a run leaves but wall-clock times, by relative name."""
+    timed = ("timing.jsonl", "result.json", "environment.json", "lock")
+    files = [p for p in directory.rglob("*") if p.is_file() and p.name not in timed]
+    return {
+        str(p.relative_to(directory)): exact(p) for p in files if p.parent.name != "tensorboard"
+    }
+
+
+def exact(path: Path) -> bytes:
+    """Return a file's bytes; of masks what they hold: safetensors orders its metadata at random."""
+    if path.name != "masks.safetensors":
+        return path.read_bytes()
+    return b"".join(n.encode() + m.numpy().tobytes() for n, m in Masks.load(path).items())
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    first, second = content(one), content(other)
+    assert set(first) == set(second)
+    assert [name for name in first if first[name] != second[name]] == []
+    results = [json.loads((d / "result.json").read_text()) | {"seconds": 0} for d in (one, other)]
+    assert results[0] == results[1]
+    stages = [[(t["stage"], t["epoch"]) for t in rows(d, "timing")] for d in (one, other)]
+    assert stages[0] == stages[1]
+
+
+def rows(directory: Path, log: str) -> list[dict]:
+    return [json.loads(line) for line in (directory / f"{log}.jsonl").read_text().splitlines()]
+
+
+def interrupted(folder: Path, name: str = "lrr", epoch: int = 4) -> tuple[Recipe, Path]:
+    """Leave a run that has two checkpoints."""
+    recipe = tiny(**METHODS[name])
+    with pytest.raises(Killed):
+        run(recipe, 0, folder, killer(epoch))
+    directory = run_directory(folder, recipe, 0)
+    assert len(list((directory / "checkpoints").glob("[0-9]*.json"))) == 2
+    return recipe, directory
+
+
+def python(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )

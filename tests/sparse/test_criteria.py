@@ -42,7 +42,7 @@ def test_norm_magnitude_is_folded_magnitude_without_statistics():
 
 
 def test_norms_that_follow_other_layers_are_not_used():
-    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(6))
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4))
     nn.init.constant_(model[2].weight, 5.0)
     nn.init.constant_(model[3].weight, 7.0)
     scores = score("norm-magnitude", Masks.dense(model).weights(model), model=model)

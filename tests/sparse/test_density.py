@@ -182,6 +182,12 @@ def test_support_too_small_passes_the_surplus_on():
         kept_counts({"a": 0.5, "b": 0.9}, shape, support=support)
 
 
+def test_the_largest_remainders_are_rounded_up():
+    shape = {"a": (10,), "b": (10,), "c": (10,)}
+    assert kept_counts({"a": 0.24, "b": 0.26, "c": 0.2}, shape, 7) == {"a": 2, "b": 3, "c": 2}
+    assert kept_counts({"a": 0.25, "b": 0.25, "c": 0.2}, shape, 7) == {"a": 3, "b": 2, "c": 2}
+
+
 def test_unknown_rule_and_names():
     with pytest.raises(ValueError, match=r"unknown density rule 'erkk': did you mean 'erk'\?"):
         allocate(shapes("vgg16"), 0.1, "erkk")

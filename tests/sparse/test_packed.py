@@ -99,7 +99,12 @@ class TestPacked:
         path.write_bytes(whole)
         tensors = load_file(path)
         header = {"format": "featherweight-packed", "version": 1, "shapes": {"0.weight": [24, 16]}}
-        for key, value in (("values", torch.zeros(3)), ("mask", torch.zeros(3, dtype=torch.uint8))):
+        damaged = [
+            ("values", torch.zeros(3)),
+            ("values", torch.zeros(500)),
+            ("mask", torch.zeros(3, dtype=torch.uint8)),
+        ]
+        for key, value in damaged:
             save_file(
                 tensors | {f"0.weight.{key}": value}, path, {"featherweight": json.dumps(header)}
             )

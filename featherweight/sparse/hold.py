@@ -153,9 +153,9 @@ class Hold:
             ValueError: the masks or start values do not fit; nothing is changed then.
         """
         self._masks.check(masks)
-        for name, start in (grown or {}).items():
-            if name not in self._weights or start.shape != self._weights[name].shape:
-                raise ValueError(f"grown: {name!r} of shape {list(start.shape)} is no held weight")
+        for name, value in (grown or {}).items():
+            if name not in self._weights or value.shape != self._weights[name].shape:
+                raise ValueError(f"grown: {name!r} of shape {list(value.shape)} is no held weight")
         for name, weight in self._weights.items():
             new = masks[name].to(weight.device) & ~self._masks[name].to(weight.device)
             fresh = _like(new, weight).bool()

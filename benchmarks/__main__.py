@@ -1,16 +1,19 @@
-"""Run all benchmarks and write their tables to docs/results/."""
+"""Run all benchmarks, or those named, and write their tables to docs/results/."""
 
+import sys
 from pathlib import Path
 
-from benchmarks import hold, select
+from benchmarks import criteria, dynamic, hold, select, sign_in
 from benchmarks.provenance import provenance
 from featherweight.common import write_text
 
 
 def main() -> None:
     folder = Path(__file__).resolve().parent.parent / "docs" / "results"
-    for module in (hold, select):
+    for module in (criteria, dynamic, hold, select, sign_in):
         name = module.__name__.rpartition(".")[2]
+        if sys.argv[1:] and name not in sys.argv[1:]:
+            continue
         print(f"{name}: {module.__doc__.splitlines()[0]}", flush=True)
         table = module.measure()
         print(table, "\n", flush=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks import cifar, methods
 from benchmarks.provenance import provenance
 from featherweight.common import write_text
 from featherweight.lab import report
@@ -24,8 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 RUNS = ROOT / "runs" / "results"
 DIGITS = ("dense-digits", "random-digits", "imp-digits", "lrr-digits")
-TITLES = {"digits": "Digits", "cifar10": "CIFAR-10"}
-CIFAR = ("imp-cifar10-mini", "lrr-cifar10-mini")
+PAGES = ("digits", "methods", "claims", "cifar10")
 
 
 def main() -> None:
@@ -34,40 +34,39 @@ def main() -> None:
         "--data", type=Path, help="folder of CIFAR-10; without it CIFAR is left out"
     )
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--only", choices=["digits", "cifar10", "claims"], help="one page")
+    parser.add_argument("--only", choices=PAGES, help="one page")
     arguments = parser.parse_args()
     console = Console()
     if arguments.only in (None, "digits"):
-        digits = training_page("digits", DIGITS, [], arguments.jobs, console)
-        put_into_readme(digits)
+        put_into_readme(digits_page(arguments.jobs, console))
+    if arguments.only in (None, "methods"):
+        methods.write_page(RESULTS / "methods.md", RUNS / "methods", arguments.jobs, console)
     if arguments.only in (None, "claims"):
         claims_page(Settings(RUNS / "claims", arguments.jobs, "mini", None, console))
     if arguments.data is not None and arguments.only in (None, "cifar10"):
-        overrides = [f"data.path={arguments.data}"]
-        training_page("cifar10", CIFAR, overrides, arguments.jobs, console)
+        out = RUNS / "cifar10"
+        cifar.write_page(RESULTS / "cifar10.md", arguments.data, out, arguments.jobs, console)
 
 
-def training_page(
-    name: str, recipes: Sequence[str], overrides: list[str], jobs: int, console: Console
-) -> str:
-    """Run recipes, write their page and picture, and return the table."""
-    found = [recipe for base in recipes for recipe in load(base, overrides)]
-    directories = launch(tasks(found), RUNS / name, jobs, console)
-    written = report.write(directories, RUNS / name / "report")
+def digits_page(jobs: int, console: Console) -> str:
+    """Run the recipes of the demo, write their page and picture, and return the table."""
+    found = [recipe for base in DIGITS for recipe in load(base)]
+    directories = launch(tasks(found), RUNS / "digits", jobs, console)
+    written = report.write(directories, RUNS / "digits" / "report")
     table = markdown(written.rows)
     picture = next(p for p in written.pictures if "accuracy" in p.name)
-    (RESULTS / f"{name}-accuracy.png").write_bytes(picture.read_bytes())
+    (RESULTS / "digits-accuracy.png").write_bytes(picture.read_bytes())
     hours = sum(_seconds(d) for d in directories) / 3600
     text = (
-        f"# {TITLES[name]}\n\n"
-        f"Recipes: {', '.join(f'`{r}`' for r in recipes)}. Test accuracy is mean ± standard "
+        "# Digits\n\n"
+        f"Recipes: {', '.join(f'`{r}`' for r in DIGITS)}. Test accuracy is mean ± standard "
         "deviation over seeds, with their number in brackets; the test set is looked at once a "
         "level, after its last epoch, and nothing is chosen by it.\n\n"
-        f"![test accuracy against density]({name}-accuracy.png)\n\n{table}\n"
+        f"![test accuracy against density](digits-accuracy.png)\n\n{table}\n"
         f"{provenance()} {hours:.2f} process-hours of training, two runs at a time. "
-        "Regenerate: `make results DATA=PATH`.\n"
+        "Regenerate: `make results`.\n"
     )
-    write_text(RESULTS / f"{name}.md", text)
+    write_text(RESULTS / "digits.md", text)
     return table
 
 

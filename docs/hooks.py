@@ -32,26 +32,49 @@ from featherweight.lab.listing import _about
 from featherweight.lab.models import MODELS
 from featherweight.lab.models.build import option_names
 from featherweight.lab.parse import describe, shipped
-from featherweight.sparse import CRITERIA, DENSITIES, LOOPS, RESETS
+from featherweight.sparse import (
+    CONSTRUCTIONS,
+    CRITERIA,
+    DENSITIES,
+    DYNAMIC,
+    FORMS,
+    LOOPS,
+    RESETS,
+    STRATEGIES,
+)
 
 DOCS = Path(__file__).resolve().parent
 
 ROOMS = (
     "featherweight.sparse",
+    "featherweight.sparse.constructions",
     "featherweight.sparse.criteria",
     "featherweight.sparse.density",
+    "featherweight.sparse.dynamic",
+    "featherweight.sparse.gradual",
+    "featherweight.sparse.curvature",
+    "featherweight.sparse.landscape",
     "featherweight.sparse.loops",
     "featherweight.sparse.reparam",
+    "featherweight.sparse.structure",
     "featherweight.sparse.tickets",
     "featherweight.lab.data",
     "featherweight.lab.models",
     "featherweight.lab.claims",
     "featherweight.lab.report",
     "featherweight.lab.neuron",
+    "featherweight.lab.sign_toy",
     "featherweight.common",
 )
 
-KINDS: dict[str, Registry[Any]] = {"criterion": CRITERIA, "density rule": DENSITIES, "loop": LOOPS}
+KINDS: dict[str, Registry[Any]] = {
+    "criterion": CRITERIA,
+    "construction": CONSTRUCTIONS,
+    "density rule": DENSITIES,
+    "loop": LOOPS,
+    "dynamic": DYNAMIC,
+    "form": FORMS,
+}
 
 DIRECTIVE = re.compile(r"^::: (\S+)$", re.MULTILINE)
 MARKER = re.compile(r"<!-- generated: ([\w-]+) -->")
@@ -239,6 +262,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "methods": _methods,
     "densities": lambda: _registry(DENSITIES),
     "loops": lambda: _registry(LOOPS),
+    "strategies": lambda: _registry(STRATEGIES),
     "resets": _resets,
     "data": _data,
     "models": _models,

@@ -32,13 +32,15 @@ class Entry(Generic[Method]):
         summary: one line for a list.
         paper: authors, year, arXiv id; empty where the method has no paper.
         needs: names of the extra arguments the method asks its caller for.
+        defaults: what a caller that serves many methods should do unless told otherwise.
     """
 
     name: str
     method: Method
     summary: str
     paper: str = ""
-    needs: tuple[str, ...] = field(default=())
+    needs: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Registry(Mapping[str, Entry[Method]]):
@@ -53,7 +55,12 @@ class Registry(Mapping[str, Entry[Method]]):
         self._entries: dict[str, Entry[Method]] = {}
 
     def register(
-        self, name: str, summary: str, paper: str = "", needs: Sequence[str] = ()
+        self,
+        name: str,
+        summary: str,
+        paper: str = "",
+        needs: Sequence[str] = (),
+        defaults: Mapping[str, Any] | None = None,
     ) -> Callable[[Method], Method]:
         """Return a decorator that adds a method under ``name``.
 
@@ -64,7 +71,8 @@ class Registry(Mapping[str, Entry[Method]]):
         def add(method: Method) -> Method:
             if name in self._entries:
                 raise ValueError(f"{self.kind} {name!r} is registered already")
-            self._entries[name] = Entry(name, method, summary, paper, tuple(needs))
+            entry = Entry(name, method, summary, paper, tuple(needs), dict(defaults or {}))
+            self._entries[name] = entry
             return method
 
         return add

@@ -195,11 +195,13 @@ def test_commands_of_this_environment_are_on_the_path(tmp_path):
 
 
 def test_pages_train_alike():
-    """The training loop that method pages begin with is one text."""
-    loops = {
-        block.code.partition("    with torch.no_grad():")[0]
-        for page in ROOT.glob("docs/methods/*.md")
-        for block in runner.blocks(page.read_text("utf-8"))
-        if block.code.startswith("# Digits")
-    }
-    assert len(loops) == 1
+    """The training loop that method pages begin with is one text for methods of one kind."""
+    for kinds in (("criterion", "construction", "loop"), ("dynamic",)):
+        names = {name for kind in kinds for name in hooks.KINDS[kind]}
+        loops = {
+            block.code.partition("    with torch.no_grad():")[0]
+            for page in ROOT.glob("docs/methods/*.md")
+            for block in runner.blocks(page.read_text("utf-8"))
+            if block.code.startswith("# Digits") and page.stem in names
+        }
+        assert len(loops) == 1, kinds

@@ -24,7 +24,7 @@ from featherweight.common import atomic_path, cpu_state, write_text
 from featherweight.lab.errors import BadInput
 from featherweight.sparse.masks import Masks, pack_bits, unpack_bits
 
-VERSION = 1
+VERSION = 2
 KEEP = 2
 
 
@@ -57,6 +57,7 @@ class Checkpoint:
         rewind: state at the rewinding point, empty if there is none.
         generator_state: of the pruning loop; None if it has none.
         optimizer_rewind: optimizer state dict at the rewinding point; None if not rewound.
+        dynamic: state dict of a method that changes masks between steps; None for others.
         logs: length in bytes of each log file.
     """
 
@@ -67,6 +68,7 @@ class Checkpoint:
     rewind: Mapping[str, Tensor] = field(default_factory=dict)
     generator_state: Tensor | None = None
     optimizer_rewind: dict[str, Any] | None = None
+    dynamic: dict[str, Any] | None = None
     logs: dict[str, int] = field(default_factory=dict)
 
 
@@ -93,6 +95,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         "logs": checkpoint.logs,
         "optimizer": _flatten(checkpoint.optimizer, "optimizer", tensors),
         "optimizer_rewind": _flatten(checkpoint.optimizer_rewind, "rewound", tensors),
+        "dynamic": _flatten(checkpoint.dynamic, "dynamic", tensors),
         "masks": {name: list(mask.shape) for name, mask in checkpoint.masks.items()},
         "rewind": _save_rewind(folder, checkpoint.rewind),
     }
@@ -167,6 +170,7 @@ def _load(folder: Path, number: int) -> Checkpoint:
         rewind=_load_rewind(folder, plain["rewind"]),
         generator_state=tensors.get("generator"),
         optimizer_rewind=_unflatten(plain["optimizer_rewind"], tensors),
+        dynamic=_unflatten(plain["dynamic"], tensors) if "dynamic" in plain else None,
         logs=plain["logs"],
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -98,11 +99,14 @@ class Run:
     """Runs at a time, in processes of their own."""
     report: Annotated[bool, arg(name="report")] = False
     """Write a report of these runs to FOLDER/report when all are done."""
+    controls: bool = True
+    """Run each cyclic method's control too: one long schedule of the same epochs."""
 
     def execute(self) -> None:
         """Do the runs and print their table."""
         from rich.console import Console
 
+        from featherweight.lab.control import with_controls
         from featherweight.lab.launch import launch, tasks
         from featherweight.lab.parse import load
 
@@ -114,7 +118,8 @@ class Run:
             raise BadInput(f"--jobs must be at least 1, got {self.jobs}")
         if self.jobs > 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise BadInput("--jobs is for one process; several ranks do one run at a time")
-        todo = tasks([recipe for name in names for recipe in load(name, overrides)])
+        recipes = [recipe for name in names for recipe in load(name, overrides)]
+        todo = tasks(with_controls(recipes) if self.controls else recipes)
         main = os.environ.get("RANK", "0") == "0"
         # Where the output is no terminal, rich would fold tables at 80 columns.
         console = Console(quiet=not main, width=None if sys.stdout.isatty() else 100)
@@ -217,13 +222,24 @@ def _show_report(runs: list[Path], out: Path, console: object, *, write: bool) -
         if write:
             written = report.write(runs, out)
             console.print(report.table(written.rows))
+            _print_matched(written.matched, console)
             console.print(f"report: {written.html}", highlight=False, soft_wrap=True)
         else:
-            console.print(report.table(report.summarise(report.collect(runs))))
+            found = report.collect(runs)
+            console.print(report.table(report.summarise(found)))
+            _print_matched(report.matched(found), console)
     except ValueError as error:
         raise BadInput(str(error)) from None
     except OSError as error:
         raise BadInput(f"cannot write {out}: {error.strerror}") from None
+
+
+def _print_matched(lines: Sequence[object], console: object) -> None:
+    from rich.console import Console
+
+    assert isinstance(console, Console)
+    for line in lines:
+        console.print(f"{line}\n", highlight=False, soft_wrap=True)
 
 
 def main(arguments: list[str] | None = None) -> None:

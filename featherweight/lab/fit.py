@@ -16,9 +16,10 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from featherweight.lab.data import Batches
 from featherweight.lab.data.seeding import derive_seed
-from featherweight.lab.errors import RunFailed
+from featherweight.lab.errors import BadInput, RunFailed
 from featherweight.lab.recipe import FitRecipe
 from featherweight.lab.schedule import Schedule
+from featherweight.sparse.reparam import SignInSGD, parameter_groups, sign_in_groups
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,23 @@ class Diverged(RunFailed):
     """The loss or a weight is NaN or infinite."""
 
 
-def make_optimizer(model: nn.Module, fit: FitRecipe) -> Optimizer:
-    """Build the recipe's optimizer over all parameters, fused where torch has it."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def make_optimizer(model: nn.Module, fit: FitRecipe, formed: bool = False) -> Optimizer:
+    """Build the recipe's optimizer over all parameters, fused where torch has it.
+
+    Args:
+        model: what is trained.
+        fit: the recipe's part.
+        formed: whether the model is under a form, which decides what is trained and decays.
+
+    Raises:
+        BadInput: the optimizer can't train this model.
+    """
+    if fit.optimizer == "sign-in":
+        return _sign_in(model, fit)
+    parameters: list[Any] = [p for p in model.parameters() if p.requires_grad]
     fused = all(p.device.type in ("cpu", "cuda", "mps") for p in parameters)
+    if formed:
+        parameters = parameter_groups(model, fit.weight_decay)
     common: dict[str, Any] = {
         "lr": fit.learning_rate,
         "weight_decay": fit.weight_decay,
@@ -63,6 +77,19 @@ def make_optimizer(model: nn.Module, fit: FitRecipe) -> Optimizer:
         optimizer = SGD(parameters, momentum=fit.momentum, nesterov=fit.nesterov, **common)
     optimizer.register_load_state_dict_post_hook(_lay_out_as_weights)
     return optimizer
+
+
+def _sign_in(model: nn.Module, fit: FitRecipe) -> Optimizer:
+    try:
+        return SignInSGD(
+            sign_in_groups(model, fit.beta),
+            lr=fit.learning_rate,
+            momentum=fit.momentum,
+            nesterov=fit.nesterov,
+            weight_decay=fit.weight_decay,
+        )
+    except ValueError as error:
+        raise BadInput(f"fit.optimizer: {error}") from error
 
 
 @torch.no_grad()

@@ -29,8 +29,9 @@ def identity(recipe: Recipe) -> str:
 def distinctive(recipe: Recipe) -> dict[str, Any]:
     """Return the values that make a recipe what it is: dotted key to non-default value."""
     given, default = _flat(plain(recipe)), _flat(plain(Recipe()))
-    if recipe.sparse.masks_from is not None:  # the other run's own name says all, wherever it lies
-        given["sparse.masks_from"] = Path(recipe.sparse.masks_from).name
+    for key in ("sparse.masks_from", "sparse.couple.run"):
+        if given[key] is not None:  # the other run's own name says all, wherever it lies
+            given[key] = Path(given[key]).name
     neutral = [k for k in NEUTRAL if k != "data.path" or recipe.data.name not in PATH_IS_DATA]
     return {
         key: value

@@ -15,13 +15,26 @@ from featherweight.lab.data import DATA
 from featherweight.lab.errors import BadInput
 from featherweight.lab.models import MODELS
 from featherweight.lab.parse import describe, shipped
-from featherweight.sparse import CRITERIA, DENSITIES, LOOPS, RESETS
+from featherweight.sparse import (
+    CONSTRUCTIONS,
+    CRITERIA,
+    DENSITIES,
+    DYNAMIC,
+    FORMS,
+    LOOPS,
+    RESETS,
+    STRATEGIES,
+)
 
 METHODS: dict[str, Registry[Any]] = {
-    "loops": LOOPS,
     "criteria": CRITERIA,
+    "constructions": CONSTRUCTIONS,
+    "loops": LOOPS,
+    "dynamic methods": DYNAMIC,
+    "forms": FORMS,
     "density rules": DENSITIES,
     "resets": RESETS,
+    "cycle strategies": STRATEGIES,
 }
 
 

@@ -239,7 +239,8 @@ def _first(error: ValidationError) -> str:
         *parents, key = first["loc"]
         return f"unknown key {path!r}: {_allowed(parents, str(key))}{more}"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{path}: {message}, got {first['input']!r:.80}{more}"
+    got = "" if isinstance(first["input"], Mapping) else f", got {first['input']!r:.80}"
+    return f"{path}: {message}{got}{more}"
 
 
 def _allowed(parents: Sequence[int | str], key: str) -> str:

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field
 
-from featherweight.common import unknown
+from featherweight.common import Registry, unknown
 from featherweight.lab.data import DATA
 from featherweight.lab.duration import Duration, DurationField
 from featherweight.lab.models import MODELS
-from featherweight.sparse import CRITERIA, DENSITIES, LOOPS, RESETS
+from featherweight.sparse import (
+    CONSTRUCTIONS,
+    CRITERIA,
+    DENSITIES,
+    DYNAMIC,
+    FORMS,
+    LOOPS,
+    RESETS,
+    Structure,
+    iterate,
+)
 
 STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
@@ -39,8 +51,43 @@ def _model_name(name: str) -> str:
     return name
 
 
+def _structure(text: str | None) -> str | None:
+    if text is not None:
+        Structure.parse(text)
+    return text
+
+
 Allocation = Annotated[str, _one_of("allocation", ["global", "layer", *DENSITIES])]
-Method = Annotated[str, _one_of("method", ["dense", *CRITERIA, *LOOPS])]
+START_METHODS = [*CRITERIA, *CONSTRUCTIONS]
+"""What makes masks once, before training."""
+Method = Annotated[str, _one_of("method", ["dense", *START_METHODS, *LOOPS, *DYNAMIC, *FORMS])]
+
+
+# What a method is given by other keys or by the run itself, so that it is no option of its own.
+_GIVEN = re.findall(
+    r"\w+",
+    """
+    model optimizer weights include exclude seed generator resume batches objective inputs
+    input_shape iterations steps structure density sparsity densities levels per_level allocation
+    scope start support masks masks_from sampling legacy criterion optimizer_state reset warmup
+    budget lengths
+    """,
+)
+
+
+def own_options(method: str) -> list[str]:
+    """Return the names that ``sparse.options`` may hold for a method."""
+    registries: list[Registry[Any]] = [CRITERIA, CONSTRUCTIONS, LOOPS, DYNAMIC, FORMS]
+    functions = [registry[method].method for registry in registries if method in registry]
+    functions += [iterate] if method in LOOPS else []
+    names = [
+        parameter.name
+        for function in functions
+        for parameter in signature(function).parameters.values()
+        if parameter.kind is not parameter.VAR_KEYWORD
+    ]
+    own = ["steps"] if method in CRITERIA else []  # of ProsPr; elsewhere the run gives it
+    return [name for name in dict.fromkeys(names) if name in own or name not in _GIVEN]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +134,39 @@ class ModelRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class SupportRecipe:
-    """A random mask that a sparse-to-sparse method never leaves."""
+    """A mask made before training that a sparse-to-sparse method never leaves."""
 
     __pydantic_config__ = STRICT
 
+    method: Annotated[
+        Annotated[str, _one_of("method", START_METHODS)],
+        Field(description="how the support is made: a criterion or a construction"),
+    ] = "random"
     density: Annotated[Fraction, Field(description="kept fraction of the support")] = 1.0
     allocation: Annotated[Allocation, Field(description="density rule of the support")] = "balanced"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoupleRecipe:
+    """What the weights inside a mask take from another run before training."""
+
+    __pydantic_config__ = STRICT
+
+    run: Annotated[
+        str | None,
+        Field(description="folder NAME-HASH of a finished run with the same seeds; null: nothing"),
+    ] = None
+    signs: Annotated[
+        Literal["own", "learned", "random"],
+        Field(description="signs: as initialised, of the other run, or drawn"),
+    ] = "own"
+    magnitudes: Annotated[
+        Literal["own", "learned", "shuffled", "random"],
+        Field(
+            description="magnitudes: as initialised, of the other run, those shuffled in the "
+            "layer, or freshly drawn"
+        ),
+    ] = "own"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,18 +177,31 @@ class SparseRecipe:
 
     method: Annotated[
         Method,
-        Field(description="dense, a criterion (pruned once before training), or a loop"),
+        Field(
+            description="dense; a criterion or a construction (masks made once, before training); "
+            "a loop (between trainings); a dynamic method (between steps); or a form of the weights"
+        ),
     ] = "dense"
     density: Annotated[Fraction, Field(description="final kept fraction; 1: dense")] = 1.0
     levels: Annotated[
         int | None, Field(ge=0, description="loops: number of prunings in place of density")
     ] = None
+    densities: Annotated[
+        list[Fraction] | None,
+        Field(
+            min_length=1, description="imp, wr, lrr: kept fraction of each level, from the first"
+        ),
+    ] = None
     per_level: Annotated[
         float, Field(ge=0, lt=1, description="loops: part of the kept weights each pruning removes")
     ] = 0.2
     allocation: Annotated[
-        Allocation, Field(description="where weights compete, or how many each layer keeps")
-    ] = "global"
+        Allocation | None,
+        Field(
+            description="where weights compete, or how many each layer keeps; null: the method's "
+            "own, which is global for loops, random and scores"
+        ),
+    ] = None
     criterion: Annotated[
         str,
         _one_of("criterion", list(CRITERIA)),
@@ -128,15 +215,35 @@ class SparseRecipe:
         DurationField | None,
         Field(description="loops: length of the warm-up training before the rewinding point"),
     ] = None
+    iterations: Annotated[
+        int | None,
+        Field(ge=1, description="criteria: pruned in so many steps; null: the criterion's own"),
+    ] = None
+    structure: Annotated[
+        str | None,
+        AfterValidator(_structure),
+        Field(
+            description="what is kept or removed as one: 2:4, 4x4, channel; null: single weights"
+        ),
+    ] = None
+    options: Annotated[
+        dict[str, Any], Field(description="the method's own options, such as interval or cycles")
+    ] = field(default_factory=dict)
     masks_from: Annotated[
         str | None,
-        Field(description="loops: use the masks of this finished run (its folder NAME-HASH)"),
+        Field(
+            description="folder NAME-HASH of a finished run: loops use its masks level by level, "
+            "dense its last ones"
+        ),
     ] = None
+    couple: Annotated[CoupleRecipe, Field(description="weights from another run")] = field(
+        default_factory=CoupleRecipe
+    )
     optimizer_state: Annotated[
         Literal["reset", "carry", "rewind"], Field(description="loops: optimizer state at pruning")
     ] = "reset"
     support: Annotated[
-        SupportRecipe, Field(description="random mask that is never left; density 1: none")
+        SupportRecipe, Field(description="mask that is never left; density 1: none")
     ] = field(default_factory=SupportRecipe)
     sampling: Annotated[
         Literal["exact", "bernoulli"],
@@ -155,6 +262,17 @@ class SparseRecipe:
         list[str], Field(description="patterns of parameter names to leave dense")
     ] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        """Refuse options that the method doesn't have."""
+        allowed = own_options(self.method)
+        for name in self.options:
+            if name not in allowed:
+                raise ValueError(
+                    f"options: {unknown(f'option of {self.method}', name, allowed)}"
+                    if allowed
+                    else f"options: {self.method} has none, got {name!r}"
+                )
+
 
 @dataclass(frozen=True, kw_only=True)
 class FitRecipe:
@@ -166,7 +284,10 @@ class FitRecipe:
         DEFAULT_LENGTH
     )
     batch_size: Annotated[Positive, Field(description="images a step, over all devices")] = 64
-    optimizer: Annotated[Literal["sgd", "adamw"], Field(description="what steps")] = "sgd"
+    optimizer: Annotated[
+        Literal["sgd", "adamw", "sign-in"],
+        Field(description="what steps; sign-in is sgd in the geometry of Sign-In"),
+    ] = "sgd"
     learning_rate: Annotated[float, Field(gt=0, description="peak learning rate")] = 0.1
     momentum: Annotated[float, Field(ge=0, lt=1, description="sgd: momentum; 0: none")] = 0.9
     nesterov: Annotated[bool, Field(description="sgd: Nesterov momentum")] = False
@@ -189,6 +310,14 @@ class FitRecipe:
     final: Annotated[
         float, Field(ge=0, le=1, description="cosine, triangular: last rate over the peak")
     ] = 0.0
+    beta: Annotated[float, Field(gt=0, description="sign-in: m^2 - w^2 after a rescaling")] = 1.0
+    rescale: Annotated[
+        DurationField | None,
+        Field(description="sign-in: time between rescalings; null: a tenth of the level"),
+    ] = None
+    rescale_until: Annotated[
+        float, Field(ge=0, le=1, description="sign-in: part of a level with rescalings; 0: none")
+    ] = 0.75
     label_smoothing: Annotated[float, Field(ge=0, lt=1, description="0: none")] = 0.0
     distillation: Annotated[
         float,

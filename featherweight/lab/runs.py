@@ -24,9 +24,11 @@ from featherweight.lab import checkpoint
 from featherweight.lab.checkpoint import Checkpoint, Position
 from featherweight.lab.context import accelerator, locked
 from featherweight.lab.cost import measure
+from featherweight.lab.duration import Duration
 from featherweight.lab.errors import BadInput, RunFailed
 from featherweight.lab.fit import Diverged, Epoch, Loss, evaluate, make_optimizer, train
 from featherweight.lab.identity import identity
+from featherweight.lab.keep import Formed, accompany, keep, put_form
 from featherweight.lab.logs import Logs, tensorboard
 from featherweight.lab.machine import environment
 from featherweight.lab.parse import to_yaml
@@ -34,7 +36,8 @@ from featherweight.lab.recipe import Recipe
 from featherweight.lab.schedule import schedule
 from featherweight.lab.setup import make_batches, make_model, read_data
 from featherweight.lab.stages import plan
-from featherweight.sparse import Level, Masks, Resume, hold
+from featherweight.lab.start import ScoringBatches, couple, scoring_batches, start_masks
+from featherweight.sparse import FORMS, Evolving, Hold, Level, Masks, Resume
 from featherweight.sparse.hold import _innermost
 
 
@@ -127,47 +130,95 @@ class _Run:
     def run(self) -> None:
         self.data = read_data(self.recipe)
         self.batches = make_batches(self.recipe, self.data, self.seed, self.accelerator)
-        self.model = make_model(self.recipe, self.data, self.seed)
-        self.start = cpu_state(self.model.state_dict())
+        start = self._make_model()
         found, refused = checkpoint.newest(self.directory / "checkpoints")
         for line in refused.values():
             self.listen(Update(0, 1, line, warning=True))
         if found is not None:
-            self._restore(found)
-        self.model.to(self.accelerator.device)
-        if self.recipe.execute.channels_last:
-            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        optimizer = make_optimizer(self.model, self.recipe.fit)
-        levels = plan(self.recipe, self.model, optimizer, self.seed, _resume(found))
-        level = _next(levels)
-        assert level is not None  # a loop has a level at least
-        held = hold(self.model, optimizer, level.masks)
+            self._check_model(found)
+        levels, level, optimizer = self._begin_method(start, found)
         if found is not None:
-            checkpoint.restore_optimizer(optimizer, found.optimizer)
+            self._restore(found, optimizer)
         if self.accelerator.is_main_process:
             self._begin(found, refused)
         self.accelerator.wait_for_everyone()
         self.net, self.optimizer = self._prepare(optimizer)
         while True:
-            held.update(level.masks)
+            if isinstance(self.kept, Hold):
+                self.kept.update(level.masks)
             self._train(level, found.position if found else None)
             found = None
             following = _next(levels)
             if following is None:
                 break
             level = following
-        held.remove()
+        self.kept.remove()
         self._finish(level)
 
-    def _restore(self, found: Checkpoint) -> None:
-        """Load the model and set the number of threads, on which rounding depends."""
+    def _make_model(self) -> Masks:
+        """Build the model on its device; return the masks that training never leaves."""
+        self.model = make_model(self.recipe, self.data, self.seed)
+        self.model.to(self.accelerator.device)
+        if self.recipe.execute.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        masks = start_masks(self.recipe, self.model, self.seed, self._scoring_batches)
+        couple(self.recipe, self.model, masks, self.seed)
+        self.start = cpu_state(self.model.state_dict())
+        return masks
+
+    def _scoring_batches(self) -> ScoringBatches:
+        return scoring_batches(self.data, self.seed, self.accelerator.device)
+
+    def _check_model(self, found: Checkpoint) -> None:
+        try:
+            found.masks.check(self.model)
+        except ValueError as error:
+            raise self._other_model(error) from None
+
+    def _other_model(self, error: Exception) -> BadInput:
+        text = " ".join(str(error).split())
+        return BadInput(f"the checkpoint in {self.directory} is of another model: {text}")
+
+    def _begin_method(
+        self, start: Masks, found: Checkpoint | None
+    ) -> tuple[Iterator[Level], Level, Optimizer]:
+        """Make the optimizer, and the first level or the one to go on with."""
+        recipe = self.recipe
+        formed = recipe.sparse.method in FORMS and not (found and found.position.finished)
+        if formed:
+            put_form(recipe, self.model, start, self.seed)
+        optimizer = make_optimizer(self.model, recipe.fit, formed)
+        if formed:
+            levels = iter([Level(0, 0, start, Resume(0, start))])
+        else:
+            levels = plan(
+                recipe,
+                self.model,
+                optimizer,
+                self.seed,
+                start,
+                self._scoring_batches,
+                _resume(found),
+            )
+        level = _next(levels)
+        assert level is not None  # a loop has a level at least
+        steps = recipe.fit.length.steps(len(self.batches["train"]))
+        self.kept = (
+            Formed(self.model)
+            if formed
+            else keep(recipe, self.model, optimizer, level.masks, start, self.seed, steps)
+        )
+        return levels, level, optimizer
+
+    def _restore(self, found: Checkpoint, optimizer: Optimizer) -> None:
+        """Load model and optimizer, and set the number of threads, on which rounding depends."""
+        if found.dynamic is not None and isinstance(self.kept, Evolving):
+            self.kept.load_state_dict(found.dynamic)
         try:
             self.model.load_state_dict(dict(found.model))
         except RuntimeError as error:
-            text = " ".join(str(error).split())
-            raise BadInput(
-                f"the checkpoint in {self.directory} is of another model: {text}"
-            ) from None
+            raise self._other_model(error) from None
+        checkpoint.restore_optimizer(optimizer, found.optimizer)
         threads = self._recorded().get("threads")
         if self.recipe.execute.threads is None and isinstance(threads, int):
             torch.set_num_threads(threads)
@@ -209,9 +260,8 @@ class _Run:
             return
         fit = self.recipe.fit
         per_epoch = len(self.batches["train"])
-        length = self.recipe.sparse.rewind if level.warmup else fit.length
-        assert length is not None
-        plan = schedule(fit, length.steps(per_epoch), per_epoch)
+        plan = schedule(fit, self._length(level).steps(per_epoch), per_epoch)
+        taken = position.steps if position else 0
         epochs = train(
             self.net,
             self.optimizer,
@@ -224,14 +274,23 @@ class _Run:
             seed=self.seed,
             epochs_done=position.epochs if position else 0,
         )
-        done = Position(level.index, 0, 0)
+        done = Position(level.index, 0, taken)
         try:
-            for epoch in epochs:
-                done = Position(level.index, epoch.epoch + 1, epoch.steps)
-                self._after_epoch(level, epoch, -(-plan.steps // per_epoch))
+            with accompany(self.recipe, self.model, self.optimizer, plan.steps, taken, per_epoch):
+                for epoch in epochs:
+                    done = Position(level.index, epoch.epoch + 1, epoch.steps)
+                    self._after_epoch(level, epoch, -(-plan.steps // per_epoch))
             self._after_level(level, done)
         except Diverged as error:
             raise RunFailed(f"{error}; {self._last_good()}") from None
+
+    def _length(self, level: Level) -> Duration:
+        """Return how long a level trains."""
+        length = self.recipe.fit.length
+        if level.warmup:
+            assert self.recipe.sparse.rewind is not None
+            return self.recipe.sparse.rewind
+        return length if level.length is None else Duration(level.length, length.unit)
 
     def _teacher(self, level: Level) -> nn.Module | None:
         """Return the dense network of level 0, which sparser levels learn from if asked to."""
@@ -265,14 +324,16 @@ class _Run:
 
     def _after_level(self, level: Level, done: Position) -> None:
         """Measure the level's final model on the test set, once, and write it."""
+        if isinstance(self.kept, Formed):
+            self.kept.remove()  # what is measured and saved is the plain model
         loss, accuracy = evaluate(self.net, self.batches["test"], self.accelerator)
-        self._check_ranks(level.masks)
+        self._check_ranks(self.kept.masks)
         if self.accelerator.is_main_process:
             image = torch.zeros(1, *self.data.shape, device=self.accelerator.device)
             before = self.directory / f"level-{level.index - 1:02d}" / "model.safetensors"
             folder = self.directory / _stage(level)
             row = {"stage": _stage(level), "level": level.index}
-            row |= measure(folder, self.model, level.masks, self.start, before, image)
+            row |= measure(folder, self.model, self.kept.masks, self.start, before, image)
             self.logs.append("levels", row | {"test_accuracy": accuracy, "test_loss": loss})
             self._save(level, Position(level.index, done.epochs, done.steps, finished=True))
         self.accelerator.wait_for_everyone()
@@ -294,10 +355,11 @@ class _Run:
                 position,
                 self.model.state_dict(),
                 _innermost(self.optimizer).state_dict(),
-                level.masks,
+                self.kept.masks,
                 resume.rewind,
                 resume.generator_state,
                 resume.optimizer,
+                self.kept.state_dict() if isinstance(self.kept, Evolving) else None,
                 self.logs.lengths(),
             ),
         )

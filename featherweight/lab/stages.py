@@ -9,14 +9,22 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from featherweight.lab.data.seeding import derive_generator, derive_seed
+from featherweight.lab.control import CYCLIC, cycles
+from featherweight.lab.data.seeding import derive_generator
 from featherweight.lab.errors import BadInput
-from featherweight.lab.recipe import Recipe
-from featherweight.sparse import LOOPS, Level, Masks, Resume, iterate, prune, random, repair
+from featherweight.lab.recipe import Recipe, SparseRecipe
+from featherweight.lab.start import ScoringBatches
+from featherweight.sparse import CRITERIA, LOOPS, Level, Masks, Resume
 
 
 def plan(
-    recipe: Recipe, model: nn.Module, optimizer: Optimizer, seed: int, resume: Resume | None = None
+    recipe: Recipe,
+    model: nn.Module,
+    optimizer: Optimizer,
+    seed: int,
+    start: Masks,
+    batches: Callable[[], ScoringBatches],
+    resume: Resume | None = None,
 ) -> Iterator[Level]:
     """Return the levels of a run; the model is masked when the first is asked for.
 
@@ -26,40 +34,68 @@ def plan(
         recipe: what to do.
         model: changed in place, between the levels.
         optimizer: its state is treated at each pruning as the recipe says.
-        seed: of random masks and resets.
+        seed: of random criteria and resets.
+        start: masks that no level leaves.
+        batches: called where a criterion looks at data.
         resume: go on from here.
 
     Raises:
         BadInput: the recipe does not fit the model.
     """
     sparse = recipe.sparse
-    common: dict[str, Any] = {
+    if sparse.method not in LOOPS:
+        return single_level(model, resume.masks if resume is not None else start)
+    options: dict[str, Any] = {
         "optimizer": optimizer,
+        "optimizer_state": sparse.optimizer_state,
+        "generator": derive_generator(seed, "loop"),
+        "support": start,
         "resume": resume,
         "include": sparse.include,
         "exclude": sparse.exclude,
     }
     try:
-        if sparse.method == "dense" and sparse.density < 1:
-            raise ValueError(f"method dense keeps every weight, density is {sparse.density:g}")
-        if sparse.method not in LOOPS:
-            return iterate(model, levels=0, support=_pruned_once(recipe, model, seed), **common)
-        return LOOPS[sparse.method].method(model, **_loop_options(recipe, model, seed), **common)
-    except ValueError as error:
+        if "batches" in CRITERIA[sparse.criterion].needs:
+            options["batches"] = batches()
+        if sparse.method in CYCLIC:
+            options |= _cyclic_options(recipe)
+        else:
+            options |= _loop_options(sparse, seed)
+        return LOOPS[sparse.method].method(model, **options)
+    except (ValueError, TypeError) as error:
         raise BadInput(f"sparse: {error}") from error
 
 
-def _loop_options(recipe: Recipe, model: nn.Module, seed: int) -> dict[str, Any]:
-    sparse = recipe.sparse
+def single_level(model: nn.Module, masks: Masks) -> Iterator[Level]:
+    """Yield the only level of a training inside masks."""
+    masks.apply_(model)
+    yield Level(0, 0, masks, Resume(0, masks))
+
+
+def _cyclic_options(recipe: Recipe) -> dict[str, Any]:
+    sparse, count = recipe.sparse, cycles(recipe)
+    trainings = count + (sparse.method == "sculpt")
+    options: dict[str, Any] = {"cycles": count, "budget": trainings * recipe.fit.length.amount}
+    if sparse.method == "sculpt":
+        names = ("density", "criterion", "structure", "iterations")
+        options |= {name: getattr(sparse, name) for name in names}
+        options["scope"] = sparse.allocation or "global"
+    return options | {k: v for k, v in sparse.options.items() if k != "cycles"}
+
+
+def _loop_options(sparse: SparseRecipe, seed: int) -> dict[str, Any]:
     options: dict[str, Any] = {
-        "per_level": sparse.per_level,
         "criterion": sparse.criterion,
-        "scope": sparse.allocation,
-        "support": _support(recipe, model, seed),
-        "optimizer_state": sparse.optimizer_state,
-        "generator": derive_generator(seed, "loop"),
+        "scope": sparse.allocation or "global",
+        "structure": sparse.structure,
+        "iterations": sparse.iterations,
     }
-    options |= {"density": sparse.density} if sparse.levels is None else {"levels": sparse.levels}
+    if sparse.densities is not None:
+        options["densities"] = sparse.densities
+    elif sparse.levels is not None:
+        options |= {"levels": sparse.levels, "per_level": sparse.per_level}
+    else:
+        options |= {"density": sparse.density, "per_level": sparse.per_level}
     if sparse.masks_from is not None:
         options["masks_from"] = _masks_of(Path(sparse.masks_from), seed)
     if sparse.reset is not None:
@@ -68,7 +104,7 @@ def _loop_options(recipe: Recipe, model: nn.Module, seed: int) -> dict[str, Any]
         options["warmup"] = True
     elif sparse.method == "wr":
         raise ValueError("wr needs sparse.rewind, the length of its warm-up, such as 1ep")
-    return options
+    return options | sparse.options
 
 
 def _masks_of(folder: Path, seed: int) -> Callable[[int], Masks]:
@@ -77,48 +113,3 @@ def _masks_of(folder: Path, seed: int) -> Callable[[int], Masks]:
     if not (run / "result.json").is_file():
         raise ValueError(f"masks_from: {run} is no finished run")
     return lambda index: Masks.load(run / f"level-{index:02d}" / "masks.safetensors")
-
-
-def _support(recipe: Recipe, model: nn.Module, seed: int) -> Masks | None:
-    support = recipe.sparse.support
-    if support.density == 1.0:
-        return None
-    return random(
-        model,
-        support.density,
-        support.allocation,
-        seed=derive_seed(seed, "support"),
-        include=recipe.sparse.include,
-        exclude=recipe.sparse.exclude,
-    )
-
-
-def _pruned_once(recipe: Recipe, model: nn.Module, seed: int) -> Masks:
-    sparse = recipe.sparse
-    names: dict[str, Any] = {"include": sparse.include, "exclude": sparse.exclude}
-    support = _support(recipe, model, seed)
-    generator = derive_generator(seed, "masks")
-    if sparse.method == "dense":
-        return support if support is not None else Masks.dense(model, **names)
-    if sparse.method == "random":
-        masks = random(
-            model,
-            sparse.density,
-            sparse.allocation,
-            generator=generator,
-            sampling=sparse.sampling,
-            support=support,
-            legacy=sparse.legacy,
-            **names,
-        )
-    else:
-        masks = prune(
-            model,
-            sparse.method,
-            sparse.density,
-            sparse.allocation,
-            support=support,
-            generator=generator,
-            **names,
-        )
-    return repair(masks, model, generator=generator).masks if sparse.repair else masks

@@ -31,6 +31,10 @@ class Hold:
     """Masks in force on a model and its optimizer; made by `hold`.
 
     Usable as a context manager that removes itself on exit.
+
+    Attributes:
+        dense_gradients: while true, gradients accumulate unmasked and are masked as the optimizer's
+            step begins; a step pre-hook registered before this hold then sees them dense.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, masks: Masks) -> None:
@@ -42,12 +46,13 @@ class Hold:
             raise ValueError("the optimizer trains none of the masked weights")
         self._masked: dict[int, tuple[Tensor, int]] = {}  # gradients as masked, with their version
         self._versions: dict[int, int] = {}  # of the weights, when last known to be masked
+        self.dense_gradients = False
         self._zeros_stay = False
         self._turn = 0
         self._set(masks)
         self.rezero_()
         self._handles: list[Any] = [
-            weight.register_post_accumulate_grad_hook(self._mask_gradient)
+            weight.register_post_accumulate_grad_hook(self._after_accumulation)
             for weight in self._weights.values()
             if weight.requires_grad
         ]
@@ -78,6 +83,10 @@ class Hold:
             factor = self._factors[id(weight)] = factor.to(weight)  # the model has moved
         return factor
 
+    def _after_accumulation(self, weight: Tensor) -> None:
+        if not self.dense_gradients:
+            self._mask_gradient(weight)
+
     @torch.no_grad()
     def _mask_gradient(self, weight: Tensor) -> None:
         gradient = weight.grad
@@ -86,11 +95,10 @@ class Hold:
             self._masked[id(weight)] = gradient, gradient._version
 
     def _before_step(self, _: Optimizer, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        # torch passes the optimizer itself as the first argument; anything more is a closure.
-        closure = any(value is not None for value in (*arguments[1:], *named.values()))
+        closure = has_closure(arguments, named)
         sharded = any(hasattr(weight, "placements") for weight in self._weights.values())
         self._zeros_stay = type(self._optimizer) in KEEPS_ZEROS and not closure and not sharded
-        if self._zeros_stay:
+        if self._zeros_stay or self.dense_gradients:
             self._mask_what_changed()
         self._masked.clear()
 
@@ -164,7 +172,7 @@ class Hold:
                 tensor.masked_fill_(fresh, 0)
             start = None if grown is None else grown.get(name)
             if start is not None:
-                weight.copy_(torch.where(fresh, start.to(weight), weight))
+                weight.copy_(torch.where(fresh, _like(start, weight), weight))
         self._set(masks)
         self.rezero_()
         for weight in self._weights.values():
@@ -218,8 +226,14 @@ def elementwise_state(weight: Tensor, state: Mapping[str, Any]) -> dict[str, Ten
     }
 
 
+def has_closure(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> bool:
+    """Tell from what a step pre-hook is given whether the step was called with a closure."""
+    # torch passes the optimizer itself as the first argument.
+    return any(value is not None for value in (*arguments[1:], *named.values()))
+
+
 def _like(mask: Tensor, weight: Tensor) -> Tensor:
-    """Bring a mask to a weight's device, dtype and, for sharded weights, placement."""
+    """Bring a mask or values to a weight's device, dtype and, for sharded weights, placement."""
     factor = mask.to(device=weight.device, dtype=weight.dtype)
     if hasattr(weight, "placements"):
         from torch.distributed.tensor import DTensor, distribute_tensor  # slow, rarely needed

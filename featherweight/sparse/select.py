@@ -10,6 +10,7 @@ from torch import Tensor
 from featherweight.sparse.density import allocate, kept_counts
 from featherweight.sparse.density.allocate import Allocation
 from featherweight.sparse.masks import Masks
+from featherweight.sparse.structure import NM, Structure, Whole
 
 Scope = Allocation
 """Where entries compete: "global", "layer" (the same density in each), or any allocation."""
@@ -65,6 +66,7 @@ def select(
     support: Masks | None = None,
     total: int | None = None,
     legacy: bool = False,
+    structure: str | Structure | None = None,
 ) -> Masks:
     """Turn scores into masks of an exact density.
 
@@ -77,43 +79,71 @@ def select(
             counts against all entries.
         total: exact number of entries to keep; None: the rounded share.
         legacy: allocate by the formulas of published code.
+        structure: None: any set of entries; "N:M": exact too, at densities up to N/M; "RxC" blocks
+            or "channel": whole groups of the highest mean score, in that order, up to the last
+            that does not take the count (of all entries, or of its layer, as the scope says)
+            beyond what is asked. Inside a support a group is what the support leaves of it.
 
     Raises:
-        ValueError: bad density or scope, a NaN score (its tensor is named), or a support too small.
+        ValueError: bad density, scope or structure, a NaN score (its tensor is named), or a support
+            or N:M too small for the count.
     """
     if not 0.0 < density <= 1.0:
         raise ValueError(f"density must lie in (0, 1], got {density:g}")
+    kind = None if structure is None else Structure.parse(structure)
     for name, score in scores.items():
         if score.isnan().any():
             raise ValueError(f"scores of {name!r} hold NaN")
     if support is not None:
         support.check(scores)
+        support = Masks({n: support[n].to(score.device) for n, score in scores.items()})
     size = sum(score.numel() for score in scores.values())
-    total = round(density * size) if total is None and not legacy else total
+    wanted = round(density * size) if total is None else total
+    if isinstance(kind, NM):
+        support = _narrowed(scores, kind, support, wanted)
+    groups = kind if isinstance(kind, Whole) else None
     if scope == "global":
-        return _select_global(scores, round(density * size) if total is None else total, support)
+        return _together(scores, wanted, support, groups)
     shapes = {name: score.shape for name, score in scores.items()}
     rule = "uniform" if scope == "layer" else scope
     densities = allocate(shapes, density, rule, legacy=legacy)
-    counts = kept_counts(densities, shapes, total, support)
-    return Masks(
-        {
-            name: top_k(
-                score, counts[name], None if support is None else support[name].to(score.device)
-            )
-            for name, score in scores.items()
-        }
+    counts = kept_counts(densities, shapes, total if legacy else wanted, support)
+    layers = {
+        name: _together(
+            {name: score},
+            counts[name],
+            None if support is None else Masks({name: support[name]}),
+            groups,
+        )[name]
+        for name, score in scores.items()
+    }
+    return Masks(layers)
+
+
+def _narrowed(scores: Mapping[str, Tensor], kind: NM, support: Masks | None, wanted: int) -> Masks:
+    """Return the entries that N:M leaves to choose from."""
+    room = Masks(
+        {n: kind.narrow(s, None if support is None else support[n]) for n, s in scores.items()}
     )
+    if wanted > room.nonzeros:
+        where = "" if support is None else " inside the support"
+        raise ValueError(
+            f"structure {kind} allows {room.nonzeros} of {room.numel} weights{where}, "
+            f"{wanted} are to be kept"
+        )
+    return room
 
 
-def _select_global(scores: Mapping[str, Tensor], keep: int, support: Masks | None) -> Masks:
-    device = next(iter(scores.values())).device
-    flat = torch.cat([score.detach().flatten().to(device) for score in scores.values()])
-    allowed = None
-    if support is not None:
-        allowed = torch.cat([support[name].flatten().to(device) for name in scores])
-        if keep > (room := int(allowed.sum())):
-            raise ValueError(f"{keep} weights are to be kept but the support holds {room}")
+def _together(
+    scores: Mapping[str, Tensor], keep: int, support: Masks | None, groups: Whole | None
+) -> Masks:
+    """Let all entries, or all groups, of these tensors compete."""
+    if support is not None and keep > support.nonzeros:
+        raise ValueError(f"{keep} weights are to be kept but the support holds {support.nonzeros}")
+    if groups is not None:
+        return _whole_groups(scores, keep, support, groups)
+    flat = _joined(scores)
+    allowed = None if support is None else _joined(support)
     parts = top_k(flat, keep, allowed).split([score.numel() for score in scores.values()])
     return Masks(
         {
@@ -121,3 +151,28 @@ def _select_global(scores: Mapping[str, Tensor], keep: int, support: Masks | Non
             for (name, score), part in zip(scores.items(), parts, strict=True)
         }
     )
+
+
+def _whole_groups(
+    scores: Mapping[str, Tensor], keep: int, support: Masks | None, groups: Whole
+) -> Masks:
+    """Keep groups in the order of their worth as long as the next one fits."""
+    inside = {name: None if support is None else support[name] for name in scores}
+    rated = {name: groups.worth(score, inside[name]) for name, score in scores.items()}
+    worth = _joined({name: worth for name, (worth, _) in rated.items()})
+    sizes = _joined({name: sizes for name, (_, sizes) in rated.items()})
+    order = worth.argsort(descending=True, stable=True)
+    chosen = torch.zeros_like(worth, dtype=torch.bool)
+    chosen[order] = sizes[order].cumsum(0) <= keep
+    parts = chosen.split([len(worth) for worth, _ in rated.values()])
+    return Masks(
+        {
+            name: groups.expand(part.to(score.device), score.shape, inside[name])
+            for (name, score), part in zip(scores.items(), parts, strict=True)
+        }
+    )
+
+
+def _joined(tensors: Mapping[str, Tensor]) -> Tensor:
+    device = next(iter(tensors.values())).device
+    return torch.cat([tensor.detach().flatten().to(device) for tensor in tensors.values()])

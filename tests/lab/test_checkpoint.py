@@ -336,7 +336,7 @@ class TestVersions:
         # Going on from the older one, or from nothing, would throw the newer version's work away.
         before = {path: path.read_bytes() for path in two.iterdir()}
         rewrite(two / "000001.json", version=checkpoint.VERSION + 1)
-        with pytest.raises(BadInput, match="newer featherweight: format version 2, this reads 1"):
+        with pytest.raises(BadInput, match="newer featherweight: format version 3, this reads 2"):
             newest(two)
         assert set(two.iterdir()) == set(before)
 

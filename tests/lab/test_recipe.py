@@ -32,6 +32,13 @@ EVERY_KEY = {
     "sparse.method": "lrr",
     "sparse.density": 0.1,
     "sparse.levels": 0,
+    "sparse.densities": [1.0, 0.5, 0.25],
+    "sparse.iterations": 7,
+    "sparse.structure": "2:4",
+    "sparse.options": {"keep_units": True},
+    "sparse.couple.run": "runs/y-12345678",
+    "sparse.couple.signs": "learned",
+    "sparse.couple.magnitudes": "random",
     "sparse.per_level": 0.3,
     "sparse.allocation": "layer",
     "sparse.criterion": "random",
@@ -39,6 +46,7 @@ EVERY_KEY = {
     "sparse.rewind": "3it",
     "sparse.masks_from": "runs/x-12345678",
     "sparse.optimizer_state": "carry",
+    "sparse.support.method": "synflow",
     "sparse.support.density": 0.5,
     "sparse.support.allocation": "erk",
     "sparse.sampling": "bernoulli",
@@ -60,6 +68,9 @@ EVERY_KEY = {
     "fit.gamma": 0.5,
     "fit.final": 0.125,
     "fit.label_smoothing": 0.1,
+    "fit.beta": 0.5,
+    "fit.rescale": "2ep",
+    "fit.rescale_until": 0.5,
     "fit.clip": 2.0,
     "fit.distillation": 0.5,
     "fit.temperature": 4.0,
@@ -85,7 +96,7 @@ def flat(tree: dict, prefix: str = "") -> dict:
         path = f"{prefix}{key}"
         result |= (
             flat(value, f"{path}.")
-            if isinstance(value, dict) and path != "model.options"
+            if isinstance(value, dict) and path not in ("model.options", "sparse.options")
             else {path: value}
         )
     return result
@@ -437,8 +448,9 @@ class TestIdentity:
 
     @pytest.mark.parametrize("key", [k for k in EVERY_KEY if k not in identity_module.NEUTRAL])
     def test_every_other_field_matters(self, key):
-        changed = build({}, [(key, EVERY_KEY[key])])
-        assert identity(changed) != identity(Recipe())
+        base = [("sparse.method", "imp")]  # a method that has options
+        changed = build({}, [*base, (key, EVERY_KEY[key])])
+        assert identity(changed) != identity(build({}, base))
 
     @pytest.mark.parametrize("name", ["hf", "image-folder"])
     def test_where_the_path_is_the_data_it_matters(self, name):

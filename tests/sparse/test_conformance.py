@@ -1,6 +1,7 @@
 """What every registered method must do: a new method is tested by being registered."""
 
 import copy
+import inspect
 import subprocess
 import sys
 
@@ -8,11 +9,41 @@ import pytest
 import torch
 
 from featherweight import sparse
-from featherweight.sparse import CRITERIA, DENSITIES, LOOPS, RESETS, Masks, hold, score, select
+from featherweight.sparse import (
+    CONSTRUCTIONS,
+    CRITERIA,
+    DENSITIES,
+    DYNAMIC,
+    FORMS,
+    LOOPS,
+    RESETS,
+    STRATEGIES,
+    Masks,
+    hold,
+    score,
+    select,
+)
 from tests.models import ConvNet, mlp, train_steps
 
-REGISTRIES = {"criteria": CRITERIA, "densities": DENSITIES, "loops": LOOPS, "resets": RESETS}
+REGISTRIES = {
+    "constructions": CONSTRUCTIONS,
+    "criteria": CRITERIA,
+    "densities": DENSITIES,
+    "dynamic": DYNAMIC,
+    "forms": FORMS,
+    "loops": LOOPS,
+    "resets": RESETS,
+    "strategies": STRATEGIES,
+}
 MODELS = {"mlp": mlp, "convnet": ConvNet}
+
+
+def batches(model, seed=0):
+    """Two batches that fit the model: one for each of its classes in turn."""
+    shape = (3, 8, 8) if isinstance(model, ConvNet) else (16,)
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(8) % 4
+    return [(torch.randn(8, *shape, generator=generator), labels) for _ in range(2)]
 
 
 @pytest.mark.parametrize("kind", REGISTRIES)
@@ -29,7 +60,7 @@ def test_rows_are_complete(kind):
 def scores(criterion, model, seed=0):
     generator = torch.Generator().manual_seed(seed)
     weights = Masks.dense(model).weights(model)
-    return score(criterion, weights, generator=generator, model=model)
+    return score(criterion, weights, generator=generator, model=model, batches=batches(model))
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
@@ -120,7 +151,7 @@ class TestRandomMasks:
 @pytest.mark.parametrize("loop", LOOPS)
 class TestLoops:
     def levels(self, loop, net, optimizer=None, **options):
-        return LOOPS[loop].method(net, 0.1, 0.5, optimizer=optimizer, **options)
+        return LOOPS[loop].method(net, 0.1, 0.5, optimizer=optimizer, seed=0, **options)
 
     def test_a_whole_run(self, loop, model):
         net = model()
@@ -134,7 +165,7 @@ class TestLoops:
             held.update(level.masks)
             assert Masks.nonzero(net) <= level.masks
             assert before is None or level.masks <= before
-            if level.index >= 0 and not level.final:
+            if loop in ("imp", "wr", "lrr") and level.index >= 0 and not level.final:
                 assert level.masks.nonzeros == round(0.5**level.index * prunable)
             train_steps(net, optimizer, 2, inputs=inputs)
             assert Masks.nonzero(net) <= level.masks
@@ -156,6 +187,95 @@ class TestLoops:
         compiled = torch.compile(net, backend="eager")
         for a, b in zip(self.levels(loop, plain), self.levels(loop, compiled), strict=True):
             assert a.masks == b.masks
+
+
+@pytest.mark.parametrize("construction", CONSTRUCTIONS)
+class TestConstructions:
+    def masks(self, construction, net, density, **options):
+        shape = (3, 8, 8) if isinstance(net, ConvNet) else (16,)
+        takes = inspect.signature(CONSTRUCTIONS[construction].method).parameters
+        inputs = {"inputs": torch.zeros(2, *shape)} if "inputs" in takes else {}
+        options = {"seed": 0, **inputs, **options}
+        return CONSTRUCTIONS[construction].method(net, density, **options)
+
+    @pytest.mark.parametrize("density", [0.5, 0.2, 0.05])
+    def test_counts_are_exact_and_seeds_decide(self, construction, density):
+        net = mlp()
+        before = copy.deepcopy(net.state_dict())
+        masks = self.masks(construction, net, density)
+        assert masks.nonzeros == round(density * masks.numel)
+        assert masks == self.masks(construction, net, density)
+        assert masks != self.masks(construction, net, density, seed=1)
+        assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
+
+    def test_the_support_is_never_left(self, construction):
+        net = mlp()
+        support = sparse.random(net, 0.6, "balanced", seed=3)
+        masks = self.masks(construction, net, 0.2, support=support)
+        assert masks <= support
+        assert masks.nonzeros == round(0.2 * masks.numel)
+
+    def test_density_one_keeps_everything(self, construction):
+        net = mlp()
+        assert self.masks(construction, net, 1.0) == Masks.dense(net)
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("form", FORMS)
+class TestForms:
+    def attach(self, form, net, **options):
+        entry = FORMS[form]
+        needs = {"density": 0.3, "generator": torch.Generator().manual_seed(0)}
+        names = ["head.weight"] if isinstance(net, ConvNet) else []
+        options |= {name: needs[name] for name in entry.needs} | {"exclude": names}
+        entry.method(net, **options)
+        optimizer = torch.optim.SGD(sparse.parameter_groups(net, 1e-3), 0.05, momentum=0.9)
+        follow = entry.defaults.get("follow")
+        if follow is not None:
+            follow(net, optimizer, 6)
+        return optimizer
+
+    def inputs(self, model):
+        return (4, 3, 8, 8) if model is ConvNet else (8, 16)
+
+    def train(self, form, model, **options):
+        torch.manual_seed(0)
+        net = model()
+        optimizer = self.attach(form, net, **options)
+        train_steps(net, optimizer, 6, inputs=self.inputs(model))
+        return net
+
+    def test_folding_leaves_keys_shapes_and_zeros(self, form, model):
+        plain = model()
+        net = self.train(form, model)
+        kept = sparse.reparam.nonzero(net)
+        sparse.fold(net)
+        state = {name: tensor.shape for name, tensor in net.state_dict().items()}
+        assert list(state) == list(plain.state_dict())
+        assert state == {name: tensor.shape for name, tensor in plain.state_dict().items()}
+        assert Masks.nonzero(net, include=list(kept)) == kept
+        plain.load_state_dict(net.state_dict())
+
+    def test_the_support_is_never_left(self, form, model):
+        names = ["head.weight"] if model is ConvNet else []
+        support = sparse.random(model(), 0.5, "uniform", seed=1, exclude=names)
+        net = self.train(form, model, support=support)
+        assert sparse.reparam.nonzero(net) <= support
+
+    def test_training_repeats_itself(self, form, model):
+        first, second = (self.train(form, model).state_dict() for _ in range(2))
+        assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+    @pytest.mark.filterwarnings("ignore")  # torch's compiler warns of what it does itself
+    def test_a_compiled_model_trains_alike(self, form, model):
+        plain = self.train(form, model)
+        torch.manual_seed(0)
+        net = model()
+        optimizer = self.attach(form, net)
+        compiled = torch.compile(net, backend="eager")
+        train_steps(compiled, optimizer, 6, inputs=self.inputs(model))
+        for name, tensor in plain.state_dict().items():
+            torch.testing.assert_close(net.state_dict()[name], tensor)
 
 
 GUARD = """

@@ -4,8 +4,13 @@ A claim says which runs test it and turns them into a verdict by statistics. Wha
 the size run is printed as such.
 """
 
-from featherweight.lab.claims import masks_signs_lrr, random_pruning  # noqa: F401  (register)
+from featherweight.lab.claims import (  # noqa: F401  (register)
+    cyclic_sculpt,
+    masks_signs_lrr,
+    random_pruning,
+    sign_in,
+)
 from featherweight.lab.claims.claim import CLAIMS, Claim, Outcome
-from featherweight.lab.claims.statistics import Verdict, interval, judge
+from featherweight.lab.statistics import Verdict, interval, judge
 
 __all__ = ["CLAIMS", "Claim", "Outcome", "Verdict", "interval", "judge"]

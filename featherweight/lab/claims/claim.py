@@ -14,11 +14,11 @@ from typing import Any, Literal, Protocol
 from rich.console import Console
 
 from featherweight.common import unknown
-from featherweight.lab.claims.statistics import Verdict, interval, judge
 from featherweight.lab.launch import launch, tasks
 from featherweight.lab.parse import load
 from featherweight.lab.recipe import Recipe
 from featherweight.lab.runs import run_directory
+from featherweight.lab.statistics import Verdict, interval, judge
 
 Scale = Literal["mini", "paper"]
 
@@ -155,6 +155,62 @@ class Trained:
 
 
 @dataclass(frozen=True)
+class Tuned:
+    """Arms that each get the learning rate that suits them best, chosen on validation images.
+
+    Attributes:
+        arms: as in `Trained`, without a learning rate.
+        rates: learning rates that each arm tries; the best mean validation accuracy at the end of
+            training decides, and test accuracy is looked at for the chosen one alone.
+        effect: from the chosen run directories of one seed to a number.
+        paper_arms: the same at the paper's scale.
+        seeds: of both.
+    """
+
+    arms: Mapping[str, Sequence[str]]
+    rates: Sequence[float]
+    effect: Callable[[Mapping[str, Path]], float]
+    paper_arms: Mapping[str, Sequence[str]]
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+
+    def effects(self, settings: Settings) -> list[float]:
+        """Train every arm at every rate and return the effect of the chosen ones for each seed."""
+        chosen = {arm: self._best(arm, settings) for arm in self.arms}
+        where = partial(run_directory, settings.out)
+        return [self.effect({a: where(r, s) for a, r in chosen.items()}) for s in self.seeds]
+
+    def recipes(self, settings: Settings) -> dict[str, Recipe]:
+        """Return all recipes, by arm and rate."""
+        return {
+            f"{arm}-lr{rate:g}": self._recipe(arm, rate, settings)
+            for arm in self.arms
+            for rate in self.rates
+        }
+
+    def _recipe(self, arm: str, rate: float, settings: Settings) -> Recipe:
+        changes = [f"fit.learning_rate={rate}"]
+        arms = {
+            name: [base, *given, *changes]
+            for name, (base, *given) in (
+                self.arms if settings.scale == "mini" else self.paper_arms
+            ).items()
+        }
+        return Trained({arm: arms[arm]}, self.effect, {arm: arms[arm]}, self.seeds).recipes(
+            settings
+        )[arm]
+
+    def _best(self, arm: str, settings: Settings) -> Recipe:
+        candidates = [self._recipe(arm, rate, settings) for rate in self.rates]
+        launch(tasks(candidates), settings.out, settings.jobs, settings.console)
+
+        def validation(recipe: Recipe) -> float:
+            runs = [run_directory(settings.out, recipe, seed) for seed in self.seeds]
+            return fmean(last_validation(run) for run in runs)
+
+        return max(candidates, key=validation)
+
+
+@dataclass(frozen=True)
 class Computed:
     """An experiment that needs no training run.
 
@@ -198,6 +254,12 @@ def levels(directory: Path) -> list[dict[str, Any]]:
     """Return what a run measured at the end of each level."""
     lines = (directory / "levels.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
+
+
+def last_validation(directory: Path) -> float:
+    """Return the validation accuracy at the end of a run."""
+    lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return float(json.loads(lines[-1])["validation_accuracy"])
 
 
 def accuracy_gain(better: str, worse: str) -> Callable[[Mapping[str, Path]], float]:

@@ -8,11 +8,22 @@ from pathlib import Path
 
 from featherweight.common import atomic_path, write_text
 from featherweight.lab.report.collect import collect
+from featherweight.lab.report.matched import Matched, matched
 from featherweight.lab.report.records import Run
 from featherweight.lab.report.summary import Row, summarise
 from featherweight.lab.report.table import table
 
-__all__ = ["Report", "Row", "Run", "collect", "summarise", "table", "write"]
+__all__ = [
+    "Matched",
+    "Report",
+    "Row",
+    "Run",
+    "collect",
+    "matched",
+    "summarise",
+    "table",
+    "write",
+]
 
 
 @dataclass(frozen=True)
@@ -23,11 +34,13 @@ class Report:
         html: the page.
         pictures: PNG files next to it, in the order of the page.
         rows: one a method and level, for ``table``.
+        matched: one for each cyclic method, beside its control.
     """
 
     html: Path
     pictures: tuple[Path, ...]
     rows: tuple[Row, ...]
+    matched: tuple[Matched, ...] = ()
 
 
 def write(runs: Sequence[Path], out: Path) -> Report:
@@ -46,11 +59,11 @@ def write(runs: Sequence[Path], out: Path) -> Report:
     from featherweight.lab.report.plots import draw
 
     found = collect(runs)
-    rows, pictures = summarise(found), draw(found)
+    rows, pictures, pairs = summarise(found), draw(found), matched(found)
     paths = tuple(out / f"{picture.name}.png" for picture in pictures)
     for path, picture in zip(paths, pictures, strict=True):
         with atomic_path(path) as temporary:
             temporary.write_bytes(picture.png)
     html = out / "report.html"
-    write_text(html, page(found, rows, pictures))
-    return Report(html, paths, rows)
+    write_text(html, page(found, rows, pictures, pairs))
+    return Report(html, paths, rows, pairs)

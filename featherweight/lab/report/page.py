@@ -8,6 +8,7 @@ from importlib.resources import files
 from itertools import groupby
 
 from featherweight.lab.report.canvas import Picture
+from featherweight.lab.report.matched import Matched
 from featherweight.lab.report.records import Run, Seed
 from featherweight.lab.report.summary import Row
 from featherweight.lab.report.text import (
@@ -55,13 +56,19 @@ FOOTNOTES = (
 )
 
 
-def page(runs: Sequence[Run], rows: Sequence[Row], pictures: Sequence[Picture]) -> str:
+def page(
+    runs: Sequence[Run],
+    rows: Sequence[Row],
+    pictures: Sequence[Picture],
+    matched: Sequence[Matched] = (),
+) -> str:
     """Return the whole HTML document; the same input gives the same bytes."""
     last = [row for row in rows if row.last]
     body = [
         _headline(runs),
         _incomplete(runs),
         _section("Result", "Each method at the last level it has reached.", _table(last)),
+        _matched(matched),
         *(_figure(picture) for picture in pictures),
     ]
     if len(rows) > len(last):
@@ -169,6 +176,14 @@ def incomplete(run: Run) -> list[str]:
         if not seed.complete
     ]
     return lines if run.seeds else [f"{run.name}: no seed has started"]
+
+
+def _matched(pairs: Sequence[Matched]) -> str:
+    if not pairs:
+        return ""
+    words = "Cycles train longer; the control trains as long, in one learning-rate schedule."
+    items = "".join(f"<li>{escape(str(pair))}</li>" for pair in pairs)
+    return _section("Cycles at equal epochs", words, f"<ul>{items}</ul>")
 
 
 def _section(title: str, words: str, content: str) -> str:

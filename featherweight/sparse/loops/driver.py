@@ -2,127 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from featherweight.common import Generator, as_generator, kept_density
-from featherweight.sparse.criteria import CRITERIA, score
+from featherweight.common import Generator, as_generator
+from featherweight.sparse.criteria import CRITERIA, Scores, score
+from featherweight.sparse.criteria.registry import check_arguments
 from featherweight.sparse.hold import elementwise_state
+from featherweight.sparse.loops.guard import check_structure, check_units, keep_units_
+from featherweight.sparse.loops.level import Level, Resume, wished_counts
 from featherweight.sparse.loops.reset import RESETS, Reset, Rewind, snapshot
 from featherweight.sparse.masks import Masks
+from featherweight.sparse.prune import _shares, _start
 from featherweight.sparse.select import Scope, select
+from featherweight.sparse.structure import Structure
 
 OptimizerState = Literal["reset", "carry", "rewind"]
 MaskSource = Sequence[Masks] | Callable[[int], Masks]
-
-
-@dataclass(frozen=True)
-class Resume:
-    """Where a loop stands: what it needs, beside the model, to go on after an interruption.
-
-    Attributes:
-        index: the level under training, -1 for the warm-up.
-        masks: its masks.
-        rewind: the state at the rewinding point; empty before it or where nothing is rewound.
-        generator_state: of the loop's random generator; None where it has none.
-        optimizer: state dict of the optimizer at the rewinding point; None where it is not rewound.
-    """
-
-    index: int
-    masks: Masks
-    rewind: Rewind = field(default_factory=dict)
-    generator_state: Tensor | None = None
-    optimizer: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class Level:
-    """One stage of a loop: train the model with ``masks`` held, then ask for the next.
-
-    Attributes:
-        index: 0 for the first level, -1 for the warm-up before it.
-        last: index of the last level.
-        masks: masks to train with; the model's masked weights are zero already.
-        resume: pass it to the same loop as ``resume=`` to go on from here in another process,
-            with the model's state as saved.
-    """
-
-    index: int
-    last: int
-    masks: Masks
-    resume: Resume
-
-    @property
-    def warmup(self) -> bool:
-        """Whether this is the short training before the rewinding point."""
-        return self.index < 0
-
-    @property
-    def final(self) -> bool:
-        """Whether no level follows."""
-        return self.index == self.last
-
-    @property
-    def density(self) -> float:
-        """Kept fraction of the masks."""
-        return self.masks.density
-
-    def __str__(self) -> str:
-        name = "warm-up" if self.warmup else f"level {self.index} of {self.last}"
-        return f"{name}, density {self.density:.4g}"
-
-
-def level_counts(
-    size: int,
-    per_level: float,
-    *,
-    density: float | None = None,
-    levels: int | None = None,
-    start: int | None = None,
-) -> list[int]:
-    """Return how many weights each level keeps: ``round((1 - per_level)**t * start)``.
-
-    Given a density, levels go on until it is reached, and the last one keeps exactly the asked
-    number where the formula would keep fewer.
-
-    Args:
-        size: number of prunable weights.
-        per_level: fraction of the kept weights that each pruning removes, in [0, 1).
-        density: wished-for final density; or
-        levels: number of prunings.
-        start: kept at level 0; None: all.
-
-    Raises:
-        ValueError: not exactly one of density and levels, or a value out of range.
-    """
-    if (density is None) == (levels is None):
-        raise ValueError("give exactly one of density= (or sparsity=) and levels=")
-    if not 0.0 <= per_level < 1.0:
-        raise ValueError(f"per_level must lie in [0, 1), got {per_level:g}")
-    start = size if start is None else start
-    if levels is not None:
-        if levels < 0:
-            raise ValueError(f"levels must be at least 0, got {levels}")
-        return [round((1 - per_level) ** t * start) for t in range(levels + 1)]
-    target = round(kept_density(density) * size)
-    if target > start:
-        raise ValueError(
-            f"density {density:g} asks for {target} weights, the support holds {start}"
-        )
-    if target < 1:
-        raise ValueError(f"density {density:g} of {size} weights keeps none")
-    if per_level == 0.0 and target < start:
-        raise ValueError("per_level must be over 0 to reach a density; or give levels=")
-    counts = [start]
-    while counts[-1] > target:
-        counts.append(max(round((1 - per_level) ** len(counts) * start), target))
-    return counts
+Batches = Sequence[tuple[Tensor, Tensor]]
+BatchSource = Batches | Callable[[int], Batches]
 
 
 def iterate(
@@ -132,10 +36,15 @@ def iterate(
     *,
     sparsity: float | None = None,
     levels: int | None = None,
+    densities: Sequence[float] | None = None,
+    lengths: Sequence[int] | None = None,
     reset: str | Reset | Sequence[str | Reset] = "nothing",
     warmup: bool = False,
     criterion: str = "magnitude",
     scope: Scope = "global",
+    iterations: int | None = None,
+    structure: str | Structure | None = None,
+    keep_units: bool = False,
     support: Masks | None = None,
     masks_from: MaskSource | None = None,
     include: Iterable[str] | None = None,
@@ -144,7 +53,9 @@ def iterate(
     optimizer_state: OptimizerState = "reset",
     seed: int | None = None,
     generator: Generator | None = None,
+    batches: BatchSource | None = None,
     resume: Resume | None = None,
+    **needs: Any,
 ) -> Iterator[Level]:
     """Prune a model level by level; the user trains between.
 
@@ -152,24 +63,35 @@ def iterate(
 
     Args:
         model: trained and changed in place.
-        density: final kept fraction, in (0, 1]; or ``sparsity``, or ``levels``.
+        density: final kept fraction, in (0, 1]; or ``sparsity``, ``levels``, or ``densities``.
         per_level: fraction of the kept weights that each pruning removes, in [0, 1).
         sparsity: ``1 - density``.
         levels: number of prunings; 0 is one plain training.
+        densities: kept fraction of each level, never rising, the first that of the support (1
+            without one). Between equal neighbours nothing is pruned.
+        lengths: how long to train each level, handed out as `Level.length`; None: the user knows.
         reset: what goes back to the rewinding point after each pruning: a name of ``RESETS``, a
             function ``(model, rewind) -> None``, or several of them in order.
         warmup: yield a level of index -1 first; the state after it is the rewinding point.
             Without it, the state at the call of the first level is.
         criterion: a name of ``CRITERIA``.
         scope: where weights compete, see `featherweight.sparse.select`.
+        iterations: rounds of each pruning, see `featherweight.sparse.prune`; None: what the
+            criterion's registry row says, else 1.
+        structure: which patterns may be kept, see `featherweight.sparse.select`; None: any.
+        keep_units: whether the highest-scoring in-edge and out-edge of every unit are kept
+            whatever their rank, so that no unit is cut off; global scope only.
         support: masks that are never left; level 0 trains inside them.
         masks_from: masks of another run, used at level ``t`` in place of pruning.
         include, exclude: shell-style parameter name patterns.
         optimizer: where the user keeps one optimizer over all levels, its state is treated by:
-        optimizer_state: "reset" empties it at each pruning (neutral: as a new optimizer), "carry"
+        optimizer_state: "reset" empties it after each level (neutral: as a new optimizer), "carry"
             keeps it for kept weights, "rewind" goes back to the rewinding point.
         seed, generator: for random criteria and resets.
+        batches: inputs and targets for criteria that look at data; or a function of the index of
+            the level to be pruned for, called once for each, that returns them.
         resume: go on from an earlier `Level.resume`.
+        needs: what else the criterion takes, such as ``objective=``.
 
     Yields:
         One `Level` after the other.
@@ -180,46 +102,84 @@ def iterate(
     dense = Masks.dense(model, include, exclude)
     start = dense if support is None else support
     dense.check(start)
-    if levels is not None and not (density is None and sparsity is None):
-        raise ValueError("give exactly one of density= (or sparsity=) and levels=")
-    wish = None if levels is not None else kept_density(density, sparsity)
-    counts = level_counts(dense.numel, per_level, density=wish, levels=levels, start=start.nonzeros)
-    resets = [reset] if isinstance(reset, str) or callable(reset) else list(reset)
-    entries = [RESETS[r] for r in resets if isinstance(r, str)]
-    random = CRITERIA[criterion].needs + tuple(n for entry in entries for n in entry.needs)
-    if "generator" in random or seed is not None or generator is not None:
-        generator = as_generator(seed, generator)
-    if optimizer_state not in ("reset", "carry", "rewind"):
-        raise ValueError(f"optimizer_state must be reset, carry or rewind, got {optimizer_state!r}")
+    counts = wished_counts(
+        dense.numel, start.nonzeros, per_level, density, sparsity, levels, densities
+    )
+    if structure is not None:
+        check_structure(start, counts, scope, structure)
+    if keep_units:
+        check_units(model, start, counts[-1], scope, structure)
     if resume is not None and not -1 <= resume.index < len(counts):
         raise ValueError(f"resume is at level {resume.index}, the loop has {len(counts)} levels")
+    resets = [reset] if isinstance(reset, str) or callable(reset) else list(reset)
+    rounds = CRITERIA[criterion].defaults.get("iterations", 1)
     plan = _Plan(
-        model,
-        counts,
-        resets,
-        warmup,
-        criterion,
-        scope,
-        masks_from,
-        optimizer,
-        optimizer_state,
-        generator,
+        model=model,
+        counts=counts,
+        lengths=lengths,
+        resets=resets,
+        warmup=warmup,
+        criterion=criterion,
+        scope=scope,
+        iterations=rounds if iterations is None else iterations,
+        structure=structure,
+        keep_units=keep_units,
+        masks_from=masks_from,
+        optimizer=optimizer,
+        optimizer_state=optimizer_state,
+        generator=_generator(criterion, resets, seed, generator),
+        batches=batches,
+        needs=needs,
     )
     return plan.run(start, resume)
 
 
-@dataclass
+def _generator(
+    criterion: str, resets: Sequence[str | Reset], seed: int | None, generator: Generator | None
+) -> Generator | None:
+    needs = [RESETS[reset].needs for reset in resets if isinstance(reset, str)]
+    random = any("generator" in names for names in [CRITERIA[criterion].needs, *needs])
+    if not random and seed is None and generator is None:
+        return None
+    return as_generator(seed, generator)
+
+
+@dataclass(kw_only=True)
 class _Plan:
     model: nn.Module
     counts: list[int]
+    lengths: Sequence[int] | None
     resets: list[str | Reset]
     warmup: bool
     criterion: str
     scope: Scope
+    iterations: int
+    structure: str | Structure | None
+    keep_units: bool
     masks_from: MaskSource | None
     optimizer: Optimizer | None
     optimizer_state: OptimizerState
     generator: Generator | None
+    batches: BatchSource | None
+    needs: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        """Refuse before the first training what would fail at the first pruning."""
+        levels = len(self.counts)
+        if self.lengths is not None and len(self.lengths) != levels:
+            raise ValueError(f"lengths has {len(self.lengths)} entries, the loop {levels} levels")
+        if self.iterations < 1:
+            raise ValueError(f"iterations must be at least 1, got {self.iterations}")
+        if self.optimizer_state not in get_args(OptimizerState):
+            raise ValueError(
+                f"optimizer_state must be reset, carry or rewind, got {self.optimizer_state!r}"
+            )
+        check_arguments(self.criterion, self.needs)
+        offered = {"model", "generator", *self.needs}
+        offered |= {"batches"} if self.batches is not None else set()
+        for need in CRITERIA[self.criterion].needs:
+            if need not in offered:
+                raise ValueError(f"criterion {self.criterion!r} needs {need}=")
 
     def run(self, masks: Masks, resume: Resume | None) -> Iterator[Level]:
         rewind: Rewind = {}
@@ -246,7 +206,9 @@ class _Plan:
                 self._treat_optimizer(masks, optimizer)
 
     def _level(self, resume: Resume) -> Level:
-        return Level(resume.index, len(self.counts) - 1, resume.masks, resume)
+        index = resume.index
+        length = None if self.lengths is None or index < 0 else self.lengths[index]
+        return Level(index, len(self.counts) - 1, resume.masks, resume, length)
 
     def _generator_state(self) -> Tensor | None:
         return None if self.generator is None else self.generator.get_state()
@@ -263,10 +225,29 @@ class _Plan:
     def _prune(self, index: int, masks: Masks) -> Masks:
         if self.masks_from is not None:
             return self._given(index)
-        offered = {"model": self.model, "generator": self.generator}
-        scores = score(self.criterion, masks.weights(self.model), **offered)
         total = self.counts[index]
-        return select(scores, total / masks.numel, self.scope, support=masks, total=total)
+        if masks.nonzeros <= total:
+            return masks
+        batches = self.batches(index) if callable(self.batches) else self.batches
+        size, start = masks.numel, _start(masks, self.structure)
+        for share in _shares(total / size, self.iterations, start):
+            scores = self._scores(masks, batches)
+            if self.keep_units:
+                keep_units_(scores, masks, self.model)
+            # Whole groups can leave fewer than the next round asks for.
+            count = min(round(share * size), masks.nonzeros)
+            masks = select(
+                scores, share, self.scope, support=masks, total=count, structure=self.structure
+            )
+        return masks
+
+    def _scores(self, masks: Masks, batches: Batches | None) -> Scores:
+        offered = {"model": self.model, "generator": self.generator, "batches": batches}
+        weights = {
+            name: weight.detach().masked_fill(~masks[name].to(weight.device), 0)
+            for name, weight in masks.weights(self.model).items()
+        }
+        return score(self.criterion, weights, masks=masks, **offered, **self.needs)
 
     def _reset(self, rewind: Rewind) -> None:
         for reset in self.resets:

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from featherweight.sparse.loops.driver import Level, iterate
+from featherweight.sparse.loops.driver import iterate
+from featherweight.sparse.loops.level import Level
 from featherweight.sparse.loops.registry import LOOPS
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 from featherweight.common import Registry
-from featherweight.sparse.loops.driver import Level
+from featherweight.sparse.loops.level import Level
 
 LOOPS: Registry[Callable[..., Iterator[Level]]] = Registry("loop")
 """Methods that prune between trainings: generators of levels, by name."""

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from featherweight.common import Generator, as_generator, unknown
 from featherweight.sparse.masks import Masks
 from featherweight.sparse.reparam.fold import Reparametrization, attach, attachable_weights, forms
+from featherweight.sparse.reparam.registry import FORMS
 from featherweight.sparse.select import top_k
 
 Scores = Literal["kaiming", "constant"]
@@ -33,6 +34,7 @@ CONSTANT = 0.5
 class EdgePopup(Reparametrization):
     """Keeps the ``kept`` best scored edges of a support; scores and support have W's shape."""
 
+    trains_alone = True
     support: Tensor
 
     def __init__(self, scores: Tensor, support: Tensor, kept: int) -> None:
@@ -66,6 +68,12 @@ class _StraightThrough(torch.autograd.Function):
         return None, (scores.sign() * weight * gradient).masked_fill(~support, 0), None, None
 
 
+@FORMS.register(
+    "edge-popup",
+    "random weights stay as drawn, trained scores choose which of them exist",
+    "Ramanujan et al. 2020, arXiv:1911.13299",
+    needs=("density", "generator"),
+)
 def edge_popup(
     model: nn.Module,
     density: float | Mapping[str, float],

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from featherweight.lab.claims.claim import CLAIMS, Claim, Trained, Tuned, accuracy_gain
+from featherweight.lab.claims.claim import CLAIMS, Claim, Computed, Trained, Tuned, accuracy_gain
+from featherweight.lab.sign_toy import Betas, sign_table
 
 PAPER = "Gadhikar, Jacobs, Zhou & Burkholz 2025, arXiv:2504.12801"
 WHOLE = "data.validation=0"  # nothing is chosen on validation images, so all are trained on
@@ -98,5 +99,43 @@ CLAIMS.add(
         measured="test accuracy of Sign-In minus SGD on random ERK masks at density 0.01, each at "
         "its best learning rate, points",
         experiment=_tuned(0.01, 0.1),
+    )
+)
+
+
+def _neuron_gain(seed: int, betas: Betas) -> float:
+    table = sign_table(seed=seed, pairs=[betas])
+    return table.rate(-1, 1, betas) - table.rate(-1, 1, None)
+
+
+def _outer(seed: int) -> float:
+    return _neuron_gain(seed, (1.0, 0.5))
+
+
+def _equal(seed: int) -> float:
+    return _neuron_gain(seed, (1.0, 1.0))
+
+
+CLAIMS.add(
+    Claim(
+        name="sign-in-neuron-flips-the-outer-sign",
+        paper=PAPER,
+        sentence="From a(0) < 0 < w(0) in balance, one hidden neuron learns its target with "
+        "Sign-In if the outer weight has the larger beta, and never with plain gradient descent.",
+        measured="success rate of Sign-In with betas 1 and 0.5 minus plain descent, percentage "
+        "points",
+        experiment=Computed(_outer, seeds=(0, 1, 2)),
+    )
+)
+CLAIMS.add(
+    Claim(
+        name="sign-in-neuron-needs-unequal-betas",
+        paper=PAPER,
+        sentence="With equal betas Sign-In gains nothing on the balanced neuron (here: less than "
+        "one point).",
+        measured="success rate of Sign-In with betas 1 and 1 minus plain descent, percentage "
+        "points",
+        experiment=Computed(_equal, seeds=(0, 1, 2)),
+        region=(-0.01, 0.01),
     )
 )

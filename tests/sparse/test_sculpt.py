@@ -154,9 +154,19 @@ def test_structure_is_that_of_the_last_masks(structure, size):
             assert ((tiles == 0) | (tiles == size)).all()
 
 
+def test_the_first_pruning_goes_to_what_the_pattern_has_room_for():
+    plain = [level.masks.nonzeros for level in sparse.lrr(mlp(), 0.25)]
+    levels = list(sparse.lrr(mlp(), 0.25, structure="2:4"))
+    assert [level.masks.nonzeros for level in levels] == [
+        plain[0],
+        *(min(n, 528) for n in plain[1:]),
+    ]
+    assert all(sparse.satisfies(level.masks, "2:4") for level in levels[1:])
+
+
 def test_a_structure_without_room_is_refused_before_training():
     with pytest.raises(ValueError, match="structure 2:4 allows 528 of 1056 weights"):
-        sparse.lrr(mlp(), 0.25, structure="2:4")
+        sparse.lrr(mlp(), 0.6, structure="2:4")
     levels = list(iterate(mlp(), densities=[1.0, 0.5, 0.25], structure="2:4", iterations=2))
     assert [level.masks.nonzeros for level in levels] == [1056, 528, 264]
 

@@ -15,7 +15,12 @@ from featherweight.common import Generator, as_generator
 from featherweight.sparse.criteria import CRITERIA, Scores, score
 from featherweight.sparse.criteria.registry import check_arguments
 from featherweight.sparse.hold import elementwise_state
-from featherweight.sparse.loops.guard import check_structure, check_units, keep_units_
+from featherweight.sparse.loops.guard import (
+    check_structure,
+    check_units,
+    keep_units_,
+    within_structure,
+)
 from featherweight.sparse.loops.level import Level, Resume, wished_counts
 from featherweight.sparse.loops.reset import RESETS, Reset, Rewind, snapshot
 from featherweight.sparse.masks import Masks
@@ -78,7 +83,8 @@ def iterate(
         scope: where weights compete, see `featherweight.sparse.select`.
         iterations: rounds of each pruning, see `featherweight.sparse.prune`; None: what the
             criterion's registry row says, else 1.
-        structure: which patterns may be kept, see `featherweight.sparse.select`; None: any.
+        structure: which patterns may be kept, see `featherweight.sparse.select`; None: any. Under
+            N:M the first pruning goes to what the pattern has room for, at least.
         keep_units: whether the highest-scoring in-edge and out-edge of every unit are kept
             whatever their rank, so that no unit is cut off; global scope only.
         support: masks that are never left; level 0 trains inside them.
@@ -106,6 +112,7 @@ def iterate(
         dense.numel, start.nonzeros, per_level, density, sparsity, levels, densities
     )
     if structure is not None:
+        counts = within_structure(start, counts, structure)
         check_structure(start, counts, scope, structure)
     if keep_units:
         check_units(model, start, counts[-1], scope, structure)

@@ -10,7 +10,28 @@ from torch import Tensor, nn
 from featherweight.sparse.flow import _blocks, _degrees, _modules, _unblock
 from featherweight.sparse.masks import Masks
 from featherweight.sparse.select import Scope, select
-from featherweight.sparse.structure import Structure
+from featherweight.sparse.structure import NM, Structure
+
+
+def within_structure(masks: Masks, counts: Sequence[int], structure: str | Structure) -> list[int]:
+    """Lower the counts of pruned levels to what an N:M structure has room for inside the masks.
+
+    The number of levels stays, so that a loop trains as long as without the structure.
+
+    Raises:
+        ValueError: the last level asks for more.
+    """
+    kind = Structure.parse(structure)
+    if not isinstance(kind, NM):
+        return list(counts)
+    room = sum(
+        int(kind.narrow(torch.zeros_like(m, dtype=torch.float), m).sum()) for m in masks.values()
+    )
+    if room < counts[-1] < counts[0]:
+        raise ValueError(
+            f"structure {kind} allows {room} of {masks.numel} weights, {counts[-1]} are to be kept"
+        )
+    return [count if count == counts[0] else min(count, room) for count in counts]
 
 
 def check_structure(

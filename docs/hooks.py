@@ -32,6 +32,7 @@ from featherweight.lab.listing import _about
 from featherweight.lab.models import MODELS
 from featherweight.lab.models.build import option_names
 from featherweight.lab.parse import describe, shipped
+from featherweight.optim import OPTIMIZERS
 from featherweight.sparse import (
     CONSTRUCTIONS,
     CRITERIA,
@@ -46,6 +47,8 @@ from featherweight.sparse import (
 DOCS = Path(__file__).resolve().parent
 
 ROOMS = (
+    "featherweight.optim",
+    "featherweight.optim.implicit_bias",
     "featherweight.sparse",
     "featherweight.sparse.constructions",
     "featherweight.sparse.criteria",
@@ -74,6 +77,7 @@ KINDS: dict[str, Registry[Any]] = {
     "loop": LOOPS,
     "dynamic": DYNAMIC,
     "form": FORMS,
+    "optimizer": OPTIMIZERS,
 }
 
 DIRECTIVE = re.compile(r"^::: (\S+)$", re.MULTILINE)

@@ -14,12 +14,21 @@ from rich.console import Console
 from scipy import stats
 
 from featherweight.lab.claims import CLAIMS, Claim, interval, judge
-from featherweight.lab.claims.claim import Computed, Settings, Trained, accuracy_gain, levels
+from featherweight.lab.claims.claim import (
+    Computed,
+    Settings,
+    Trained,
+    Tuned,
+    accuracy_gain,
+    last_validation,
+    levels,
+)
 from featherweight.lab.claims.command import list_claims, run_claims, verdicts
 from featherweight.lab.claims.masks_signs_lrr import _flip_gain
 from featherweight.lab.control import control
-from featherweight.lab.errors import BadInput
+from featherweight.lab.errors import BadInput, RunFailed
 from featherweight.lab.identity import distinctive, identity
+from featherweight.lab.parse import load
 
 EVERY = list(CLAIMS.values())
 TRAINED = [claim for claim in EVERY if isinstance(claim.experiment, Trained)]
@@ -230,3 +239,46 @@ class TestCommand:
         assert outcome.effects[1] == pytest.approx(expected)
         assert last["imp"]["layers"] == last["lrr-imp-masks"]["layers"]
         assert "complete already" in capsys.readouterr().out
+
+
+TUNED_ARMS = {
+    arm: ["dense-digits", "data.limit=200", "fit.length=1ep", f"fit.momentum={momentum}"]
+    for arm, momentum in (("heavy", 0.9), ("plain", 0.0))
+}
+
+
+class TestTuned:
+    def tuned(self, rates):
+        return Tuned(TUNED_ARMS, rates, accuracy_gain("heavy", "plain"), TUNED_ARMS, seeds=(0, 1))
+
+    def test_each_arm_takes_the_rate_of_best_validation_accuracy(self, tmp_path):
+        rates = (1e-4, 0.1)
+        found = self.tuned(rates).effects(with_settings(tmp_path))
+        runs = {}
+        for folder in tmp_path.glob("*/seed-*"):
+            recipe = load(str(folder.parent / "recipe.yaml"))[0]
+            key = recipe.name, recipe.fit.learning_rate
+            runs.setdefault(key, {})[int(folder.name[5:])] = folder
+        best = {}
+        for arm in TUNED_ARMS:
+            scores = {r: fmean(map(last_validation, runs[arm, r].values())) for r in rates}
+            assert scores[0.1] != scores[1e-4]
+            best[arm] = runs[arm, max(scores, key=scores.get)]
+        effect = accuracy_gain("heavy", "plain")
+        assert found == [effect({arm: best[arm][seed] for arm in best}) for seed in (0, 1)]
+
+    def test_a_rate_that_diverges_is_out(self, tmp_path):
+        assert len(self.tuned((0.1, 1e30)).effects(with_settings(tmp_path))) == 2
+
+    def test_nothing_but_divergence_is_a_failure(self, tmp_path):
+        with pytest.raises(RunFailed, match="every learning rate"):
+            self.tuned((1e30,)).effects(with_settings(tmp_path))
+
+    @pytest.mark.parametrize("scale", ["mini", "paper"])
+    def test_arms_of_tuned_claims_load_and_differ_in_the_optimizer(self, scale, tmp_path):
+        data = tmp_path if scale == "paper" else None
+        for claim in EVERY:
+            if isinstance(claim.experiment, Tuned):
+                recipes = claim.experiment.recipes(with_settings(tmp_path, scale, data))
+                assert len({identity(recipe) for recipe in recipes.values()}) == len(recipes)
+                assert all(recipe.data.validation > 0 for recipe in recipes.values())

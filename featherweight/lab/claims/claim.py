@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 from rich.console import Console
 
 from featherweight.common import unknown
+from featherweight.lab.errors import RunFailed
 from featherweight.lab.launch import launch, tasks
 from featherweight.lab.parse import load
 from featherweight.lab.recipe import Recipe
@@ -200,14 +201,19 @@ class Tuned:
         )[arm]
 
     def _best(self, arm: str, settings: Settings) -> Recipe:
-        candidates = [self._recipe(arm, rate, settings) for rate in self.rates]
-        launch(tasks(candidates), settings.out, settings.jobs, settings.console)
-
-        def validation(recipe: Recipe) -> float:
-            runs = [run_directory(settings.out, recipe, seed) for seed in self.seeds]
-            return fmean(last_validation(run) for run in runs)
-
-        return max(candidates, key=validation)
+        """Return the recipe of the best rate; one that diverges with any seed is out."""
+        scores: list[tuple[float, Recipe]] = []
+        for rate in self.rates:
+            recipe = self._recipe(arm, rate, settings)
+            try:
+                runs = launch(tasks([recipe]), settings.out, settings.jobs, settings.console)
+            except RunFailed as error:
+                settings.console.print(f"{arm} at learning rate {rate:g}: {error}")
+                continue
+            scores.append((fmean(map(last_validation, runs)), recipe))
+        if not scores:
+            raise RunFailed(f"{arm}: every learning rate of {self.rates} diverged")
+        return max(scores, key=lambda pair: pair[0])[1]
 
 
 @dataclass(frozen=True)

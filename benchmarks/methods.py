@@ -47,7 +47,9 @@ METHODS: Mapping[str, list[str]] = {
     "MEST, EM&S": ["sparse.method=mest-ems", ERK, OFTEN],
     "GraNet": ["sparse.method=granet", ERK, OFTEN],
     "GMP": ["sparse.method=gmp", "sparse.allocation=global", OFTEN],
+    "GMP, ERK": ["sparse.method=gmp", ERK, OFTEN],
     "AC/DC": ["sparse.method=acdc", "sparse.allocation=global"],
+    "AC/DC, ERK": ["sparse.method=acdc", ERK],
 }
 
 

@@ -17,11 +17,12 @@ def control(recipe: Recipe) -> Recipe | None:
     """Return the recipe that a cyclic result must be read against; None for other methods.
 
     It trains masks of the same density, made in the same way, for the same number of epochs in a
-    single learning-rate schedule. For cyclic training the masks are the very same.
+    single learning-rate schedule, whose milestones move along; the warm-up stays as long as it is.
+    For cyclic training the masks are the very same.
 
     Source: reviews of Gadhikar, Nelaturu & Burkholz 2024, arXiv:2406.02773, asked for it.
     """
-    sparse, length = recipe.sparse, recipe.fit.length
+    sparse, fit = recipe.sparse, recipe.fit
     if sparse.method not in CYCLIC:
         return None
     trainings = cycles(recipe) + (sparse.method == "sculpt")
@@ -37,8 +38,16 @@ def control(recipe: Recipe) -> Recipe | None:
         recipe,
         name=f"{recipe.name}-one-schedule",
         sparse=replace(sparse, method=method, allocation=allocation, support=support, options={}),
-        fit=replace(recipe.fit, length=Duration(trainings * length.amount, length.unit)),
+        fit=replace(
+            fit,
+            length=_times(fit.length, trainings),
+            milestones=[_times(milestone, trainings) for milestone in fit.milestones],
+        ),
     )
+
+
+def _times(length: Duration, factor: int) -> Duration:
+    return Duration(factor * length.amount, length.unit)
 
 
 def cycles(recipe: Recipe) -> int:

@@ -35,6 +35,8 @@ def put_form(recipe: Recipe, model: nn.Module, start: Masks, seed: int) -> None:
         BadInput: the method's options are wrong, or the model can't be treated.
     """
     sparse = recipe.sparse
+    if sparse.structure is not None:
+        raise BadInput(f"sparse.structure: {sparse.method} takes none")
     entry = FORMS[sparse.method]
     given: dict[str, Any] = {
         "support": start,
@@ -145,9 +147,13 @@ def keep(
         given["generator"] = derive_generator(seed, "masks")
     if sparse.support.density < 1.0:
         given["support"] = support
+    takes = inspect.signature(entry.method).parameters
     if sparse.allocation is not None:
-        takes = inspect.signature(entry.method).parameters
         given["allocation" if "allocation" in takes else "scope"] = sparse.allocation
+    if sparse.structure is not None:
+        if "structure" not in takes:
+            raise BadInput(f"sparse.structure: {sparse.method} takes none")
+        given["structure"] = sparse.structure
     try:
         return entry.method(model, optimizer, sparse.density, **given)
     except (ValueError, TypeError) as error:

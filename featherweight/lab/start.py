@@ -172,6 +172,9 @@ def _make(
         given["allocation"] = allocation
         if "inputs" in takes:  # an image, to see where units lead
             given["inputs"] = batches()[0][0][:1]
+        for name in ("structure", "iterations"):
+            if given.get(name) is not None:
+                raise ValueError(f"{method} takes no {name}")
         known = {name: value for name, value in given.items() if name in takes}
         return build(model, density, **known)
     takes = inspect.signature(CRITERIA[method].method).parameters

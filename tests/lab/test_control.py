@@ -49,6 +49,12 @@ class TestControl:
         found = control(tiny(sparse__method="cyclic", sparse__options={"cycles": 3}))
         assert (found.sparse.method, str(found.fit.length)) == ("dense", "6ep")
 
+    def test_milestones_move_along(self):
+        steps = {"fit__schedule": "step", "fit__milestones": ["1ep", "3it"], "fit__warmup": "1it"}
+        found = control(tiny(**METHODS["cyclic"], **steps)).fit
+        assert list(map(str, [found.length, *found.milestones])) == ["6ep", "3ep", "9it"]
+        assert str(found.warmup) == "1it"
+
     def test_other_methods_have_none(self):
         assert control(tiny(**METHODS["lrr"])) is None
 

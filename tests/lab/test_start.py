@@ -69,6 +69,12 @@ class TestStartMasks:
         recipe = tiny(sparse__method="magnitude", sparse__density=0.3, sparse__structure=structure)
         assert satisfies(masks_of(recipe)[0], structure)
 
+    @pytest.mark.parametrize("method", ["rigl", "phew", "edge-popup"])
+    def test_methods_without_structure_refuse_one(self, method, tmp_path):
+        recipe = tiny(sparse__method=method, sparse__density=0.3, sparse__structure="2:4")
+        with pytest.raises(BadInput, match=r"structure: rigl takes|phew takes no|edge-popup takes"):
+            run(recipe, 0, tmp_path)
+
     def test_dense_with_a_density_is_refused(self):
         with pytest.raises(BadInput, match="method dense keeps every weight"):
             masks_of(tiny(sparse__density=0.5))

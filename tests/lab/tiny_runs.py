@@ -118,6 +118,12 @@ METHODS: dict[str, dict[str, object]] = {
         "sparse__options": {"interval": 2},
     },
     "gmp": {"sparse__method": "gmp", "sparse__density": 0.2, "sparse__options": {"interval": 2}},
+    "gmp, 2:4": {
+        "sparse__method": "gmp",
+        "sparse__density": 0.3,
+        "sparse__structure": "2:4",
+        "sparse__options": {"interval": 2},
+    },
     "acdc, adamw": {
         "fit__length": "6ep",
         "sparse__method": "acdc",

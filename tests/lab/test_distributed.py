@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from featherweight.lab.parse import build, to_yaml
 from featherweight.lab.recipe import Recipe
 from featherweight.lab.runs import run, run_directory
 from featherweight.sparse import Masks
+from tests.lab.tiny_runs import METHODS, tiny
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this torch is built without distributed"
@@ -40,6 +42,13 @@ def recipe(name: str, norm: str, length: str = "4ep") -> Recipe:
 PLAIN, NORMED = recipe("plain", "none"), recipe("normed", "batch")
 LONG = recipe("long", "batch", "8ep")
 
+# One of each kind of method; ranks that came to different masks would refuse to go on, too.
+EVERY = {
+    name: replace(tiny(**METHODS[name]), name=f"every-{index}")
+    for index, name in enumerate(METHODS)
+    if "convolutions" not in name
+}
+
 # Runs recipes as the command line does, and lets every rank say what it ends each level with.
 SCRIPT = """
 import os, sys
@@ -54,7 +63,7 @@ def after_level(self, level, done):
     original(self, level, done)
     folder = out / "ranks" / self.recipe.name / os.environ["RANK"]
     folder.mkdir(parents=True, exist_ok=True)
-    level.masks.save(folder / f"{level.index}-masks.safetensors")
+    self.kept.masks.save(folder / f"{level.index}-masks.safetensors")
     state = {name: t.clone() for name, t in self.model.state_dict().items()}
     save_file(state, folder / f"{level.index}-model.safetensors")
     backend = runs.torch.distributed.get_backend()
@@ -97,7 +106,7 @@ def two(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("two")
     (out / "script.py").write_text(SCRIPT)
     files = []
-    for each in (PLAIN, NORMED, LONG):
+    for each in (PLAIN, NORMED, LONG, *EVERY.values()):
         files.append(out / f"{each.name}.yaml")
         write_text(files[-1], to_yaml(each))
     finish(torchrun(out / "script.py", out, *files))
@@ -212,3 +221,13 @@ def test_one_rank_is_killed_and_the_same_command_goes_on(two, tmp_path):
 
 def rows_so_far(path: Path) -> list[str]:
     return path.read_text().splitlines()
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_ranks_agree_on_the_masks_of_every_method(two, name):
+    folders = [two / "ranks" / EVERY[name].name / str(rank) for rank in (0, 1)]
+    files = sorted(path.name for path in folders[0].glob("*-masks.safetensors"))
+    assert files
+    for file in files:
+        first, second = (Masks.load(folder / file) for folder in folders)
+        assert first == second

@@ -264,6 +264,23 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _leave_ranks()
+
+
+def _leave_ranks() -> None:
+    """End this rank once all are done, without tearing the interpreter down.
+
+    Threads of gloo abort it now and then, and torchrun takes that for a failed run.
+    """
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _positionals_first(words: list[str]) -> list[str]:

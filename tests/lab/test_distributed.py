@@ -55,6 +55,7 @@ import os, sys
 from pathlib import Path
 from safetensors.torch import save_file
 from featherweight.lab import runs
+from featherweight.lab.cli import _leave_ranks
 from featherweight.lab.parse import load
 
 out, original = Path(sys.argv[1]), runs._Run._after_level
@@ -72,6 +73,7 @@ def after_level(self, level, done):
 runs._Run._after_level = after_level
 for file in sys.argv[2:]:
     runs.run(load(file)[0], 0, out)
+_leave_ranks()
 """
 
 

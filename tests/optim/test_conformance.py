@@ -388,8 +388,9 @@ def resumed(tmp_path_factory):
 
 
 def apart(module, folder):
-    """Run a module in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(folder)}
+    """Run a module in a process of its own, on as many threads: rounding depends on them."""
+    threads = str(torch.get_num_threads())
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "TORCHINDUCTOR_CACHE_DIR": str(folder)}
     command = [sys.executable, "-m", module, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr

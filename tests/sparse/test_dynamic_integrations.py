@@ -14,6 +14,7 @@ from featherweight.sparse import Masks
 from featherweight.sparse.dynamic import DYNAMIC
 
 SCRIPT = """
+    import os
     import torch
     import torch.distributed as dist
     from torch import nn
@@ -67,8 +68,9 @@ SCRIPT = """
         for a, b in zip(sharded.parameters(), whole):
             torch.testing.assert_close(a.full_tensor(), b, rtol=1e-6, atol=1e-8)
     dist.barrier()
-    print("rank", rank, "ok")
+    print("rank", rank, "ok", flush=True)
     dist.destroy_process_group()
+    os._exit(0)  # threads of gloo may abort an interpreter that is being torn down
 """
 
 

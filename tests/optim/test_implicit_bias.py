@@ -9,7 +9,7 @@ from scipy.optimize import linprog
 from torch import nn
 
 from featherweight import optim
-from featherweight.optim import implicit_bias as lab
+from featherweight.optim import implicit_bias
 
 TABLE = {  # alpha: L1, L2, distance to the sparse truth; a dual solver of its own found them
     0.0: (9.062, 1.928, 2.129),
@@ -50,7 +50,7 @@ def distance(theta, other):
 @pytest.mark.parametrize("alpha", TABLE)
 def test_closed_form_has_the_tabulated_norms(problem, alpha):
     features, truth, targets = problem
-    theta = lab.closed_form(features, targets, alpha)
+    theta = implicit_bias.closed_form(features, targets, alpha)
     torch.testing.assert_close(features @ theta, targets, rtol=0, atol=1e-11)
     norms = (theta.abs().sum().item(), theta.norm().item(), (theta - truth).norm().item())
     assert norms == pytest.approx(TABLE[alpha], abs=6e-4)
@@ -59,14 +59,14 @@ def test_closed_form_has_the_tabulated_norms(problem, alpha):
 def test_closed_form_is_least_squares_at_alpha_0_and_tends_to_the_sparse_program(problem):
     features, _, targets = problem
     nearest = torch.linalg.pinv(features) @ targets
-    torch.testing.assert_close(lab.closed_form(features, targets, 0.0), nearest)
+    torch.testing.assert_close(implicit_bias.closed_form(features, targets, 0.0), nearest)
     torch.testing.assert_close(
-        lab.closed_form(features, targets, 1e-6), nearest, rtol=1e-5, atol=1e-6
+        implicit_bias.closed_form(features, targets, 1e-6), nearest, rtol=1e-5, atol=1e-6
     )
     both = torch.cat([features, -features], dim=1).numpy()
     least = linprog([1.0] * 80, A_eq=both, b_eq=targets.numpy()).fun
     sizes = [
-        lab.closed_form(features, targets, alpha).abs().sum().item()
+        implicit_bias.closed_form(features, targets, alpha).abs().sum().item()
         for alpha in (0.0, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1000.0, 1e5)
     ]
     assert sizes == sorted(sizes, reverse=True)
@@ -77,10 +77,12 @@ def test_closed_form_is_least_squares_at_alpha_0_and_tends_to_the_sparse_program
 @pytest.mark.parametrize("alpha", [1.0, 10.0])
 def test_the_path_ends_in_the_closed_form_with_an_error_of_first_order(problem, alpha, sign_at):
     features, _, targets = problem
-    slope, limit = slope_of(features, targets), lab.closed_form(features, targets, alpha)
+    slope, limit = slope_of(features, targets), implicit_bias.closed_form(features, targets, alpha)
     errors = []
     for rate in (0.02 / (1 + alpha), 0.01 / (1 + alpha)):
-        path = lab.trajectory(slope, torch.zeros_like(limit), lr=rate, alpha=alpha, sign_at=sign_at)
+        path = implicit_bias.trajectory(
+            slope, torch.zeros_like(limit), lr=rate, alpha=alpha, sign_at=sign_at
+        )
         errors.append(distance(end_of(path, slope), limit))
     assert errors[1] < 3e-3
     low, high = (1.9, 2.1) if sign_at == "half" else (1.6, 2.1)
@@ -93,7 +95,7 @@ def test_the_optimizer_walks_the_path(problem, direction):
     weight = nn.Parameter(torch.zeros(40, dtype=torch.float64))
     ham = optim.HamSGD([weight], 0.01, alpha=5.0, beta=0.2, clamp=None, direction=direction)
     slope = slope_of(features, targets)
-    path = lab.trajectory(slope, torch.zeros(40).double(), lr=0.01, alpha=5.0, beta=0.2)
+    path = implicit_bias.trajectory(slope, torch.zeros(40).double(), lr=0.01, alpha=5.0, beta=0.2)
     for theta in islice(path, 300):
         weight.grad = slope(weight.detach())
         ham.step()
@@ -104,16 +106,16 @@ def test_the_start_matters_and_is_accounted_for(problem):
     features, _, targets = problem
     start = torch.randn(40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     slope = slope_of(features, targets)
-    end = end_of(lab.trajectory(slope, start, lr=0.001, alpha=5.0), slope)
-    limit = lab.closed_form(features, targets, 5.0, start)
+    end = end_of(implicit_bias.trajectory(slope, start, lr=0.001, alpha=5.0), slope)
+    limit = implicit_bias.closed_form(features, targets, 5.0, start)
     assert distance(end, limit) < 2e-3
-    assert distance(end, lab.closed_form(features, targets, 5.0)) > 0.3
+    assert distance(end, implicit_bias.closed_form(features, targets, 5.0)) > 0.3
     # The closed form minimises the divergence over all solutions: moves within them increase it.
     projector = torch.eye(40).double() - torch.linalg.pinv(features) @ features
-    least = lab.bregman(limit, start, 5.0)
+    least = implicit_bias.bregman(limit, start, 5.0)
     moves = torch.randn(5, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     for move in moves:
-        assert lab.bregman(limit + 0.01 * projector @ move, start, 5.0) > least
+        assert implicit_bias.bregman(limit + 0.01 * projector @ move, start, 5.0) > least
 
 
 def test_what_gradient_flow_cannot_see_is_conserved(problem):
@@ -122,9 +124,9 @@ def test_what_gradient_flow_cannot_see_is_conserved(problem):
     projector = torch.eye(40).double() - torch.linalg.pinv(features) @ features
     drifts = []
     for rate, steps in ((2e-3, 500), (1e-3, 1000)):
-        path = lab.trajectory(slope, start, lr=rate, alpha=3.0)
+        path = implicit_bias.trajectory(slope, start, lr=rate, alpha=3.0)
         *_, end = islice(path, steps)
-        moved = lab.mirror(end, 3.0) - lab.mirror(start, 3.0)
+        moved = implicit_bias.mirror(end, 3.0) - implicit_bias.mirror(start, 3.0)
         drifts.append(((projector @ moved).norm() / moved.norm()).item())
     assert drifts[1] < 2e-3
     assert 1.8 < drifts[0] / drifts[1] < 2.2
@@ -133,16 +135,16 @@ def test_what_gradient_flow_cannot_see_is_conserved(problem):
 def test_momentum_divides_alpha(problem):
     features, _, targets = problem
     slope, start = slope_of(features, targets), torch.zeros(40, dtype=torch.float64)
-    path = lab.trajectory(slope, start, lr=1e-4, alpha=10.0, momentum=0.9)
+    path = implicit_bias.trajectory(slope, start, lr=1e-4, alpha=10.0, momentum=0.9)
     end = end_of(path, slope)
-    assert distance(end, lab.closed_form(features, targets, 1.0)) < 3e-3
-    assert distance(end, lab.closed_form(features, targets, 10.0)) > 0.2
+    assert distance(end, implicit_bias.closed_form(features, targets, 1.0)) < 3e-3
+    assert distance(end, implicit_bias.closed_form(features, targets, 10.0)) > 0.2
 
 
 def test_beta_ends_in_the_fair_penalised_minimum_from_anywhere(problem):
     features, _, targets = problem
     alpha, beta = 4.0, 1.0
-    limit = lab.penalised_form(features, targets, alpha, beta)
+    limit = implicit_bias.penalised_form(features, targets, alpha, beta)
     pull = features.T @ (targets - features @ limit)
     torch.testing.assert_close(pull, beta * limit / (1 + alpha * limit.abs()))
     assert pull.abs().max() <= beta / alpha
@@ -151,7 +153,7 @@ def test_beta_ends_in_the_fair_penalised_minimum_from_anywhere(problem):
     def error(seed, rate):
         start = torch.randn(40, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         *_, end = islice(
-            lab.trajectory(slope, start, lr=rate, alpha=alpha, beta=beta), int(30 / rate)
+            implicit_bias.trajectory(slope, start, lr=rate, alpha=alpha, beta=beta), int(30 / rate)
         )
         return distance(end, limit)
 
@@ -164,19 +166,23 @@ def test_beta_ends_in_the_fair_penalised_minimum_from_anywhere(problem):
 def test_beta_without_alpha_is_ridge_regression(problem):
     features, _, targets = problem
     ridge = torch.linalg.solve(features.T @ features + 0.1 * torch.eye(40), features.T @ targets)
-    torch.testing.assert_close(lab.penalised_form(features, targets, 0.0, 0.1), ridge)
+    torch.testing.assert_close(implicit_bias.penalised_form(features, targets, 0.0, 0.1), ridge)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1e-9, 1e-4, 0.1, 1.0, 50.0])
 def test_potential_mirror_and_penalty_are_what_they_say(alpha):
     theta = torch.tensor([0.0, 1e-7, -1e-3, 0.2, -3.0, 40.0], dtype=torch.float64)
     theta.requires_grad_()
-    (slope,) = torch.autograd.grad(lab.potential(theta.clone(), alpha), theta)
-    torch.testing.assert_close(slope, lab.mirror(theta, alpha), rtol=1e-9, atol=1e-15)
-    (pull,) = torch.autograd.grad(lab.fair_penalty(theta.clone(), alpha), theta)
+    (slope,) = torch.autograd.grad(implicit_bias.potential(theta.clone(), alpha), theta)
+    torch.testing.assert_close(slope, implicit_bias.mirror(theta, alpha), rtol=1e-9, atol=1e-15)
+    (pull,) = torch.autograd.grad(implicit_bias.fair_penalty(theta.clone(), alpha), theta)
     torch.testing.assert_close(pull, theta / (1 + alpha * theta.abs()), rtol=1e-9, atol=1e-15)
-    torch.testing.assert_close(lab.inverse_mirror(lab.mirror(theta, alpha), alpha), theta)
-    curvature = torch.autograd.functional.jacobian(lambda t: lab.mirror(t, alpha), theta).diagonal()
+    torch.testing.assert_close(
+        implicit_bias.inverse_mirror(implicit_bias.mirror(theta, alpha), alpha), theta
+    )
+    curvature = torch.autograd.functional.jacobian(
+        lambda t: implicit_bias.mirror(t, alpha), theta
+    ).diagonal()
     expected = 1 / (1 + alpha * theta.abs())
     torch.testing.assert_close(curvature[1:], expected[1:], rtol=1e-9, atol=0)
 
@@ -184,16 +190,20 @@ def test_potential_mirror_and_penalty_are_what_they_say(alpha):
 def test_limits_of_the_potential():
     theta = torch.tensor([0.3, -2.0, 1e-5], dtype=torch.float64)
     half_square = (theta**2).sum() / 2
-    torch.testing.assert_close(lab.potential(theta, 0.0), half_square, rtol=1e-15, atol=0)
-    torch.testing.assert_close(lab.potential(theta, 1e-7), half_square, rtol=1e-6, atol=0)
-    scaled = [(lab.potential(theta, a) * a / math.log(a)).item() for a in (1e10, 1e60, 1e120)]
+    torch.testing.assert_close(implicit_bias.potential(theta, 0.0), half_square, rtol=1e-15, atol=0)
+    torch.testing.assert_close(implicit_bias.potential(theta, 1e-7), half_square, rtol=1e-6, atol=0)
+    scaled = [
+        (implicit_bias.potential(theta, a) * a / math.log(a)).item() for a in (1e10, 1e60, 1e120)
+    ]
     errors = [abs(s - theta.abs().sum().item()) for s in scaled]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.02
     for alpha in (0.0, 3.0):
-        assert lab.bregman(theta, theta, alpha) == 0
-        assert lab.bregman(theta, -theta, alpha) > 0
-    torch.testing.assert_close(lab.bregman(theta, 2 * theta, 0.0), half_square, rtol=1e-12, atol=0)
+        assert implicit_bias.bregman(theta, theta, alpha) == 0
+        assert implicit_bias.bregman(theta, -theta, alpha) > 0
+    torch.testing.assert_close(
+        implicit_bias.bregman(theta, 2 * theta, 0.0), half_square, rtol=1e-12, atol=0
+    )
 
 
 def test_one_step_is_a_step_of_the_product_of_two_vectors_up_to_second_order():
@@ -226,7 +236,9 @@ def test_never_slower_than_gradient_descent_and_within_the_bound(problem):
     best = loss(torch.linalg.lstsq(features, targets[:, None]).solution[:, 0])
     pl = torch.linalg.eigvalsh(features.T @ features)[0].item()
     rate = 1e-3
-    paths = [islice(lab.trajectory(slope, start, lr=rate, alpha=a), 4000) for a in (0.0, 5.0)]
+    paths = [
+        islice(implicit_bias.trajectory(slope, start, lr=rate, alpha=a), 4000) for a in (0.0, 5.0)
+    ]
     for number, (plain, ham) in enumerate(zip(*paths, strict=True), 1):
         bound = (loss(start) - best) * math.exp(-2 * pl * rate * number)
         assert loss(ham) <= loss(plain) + 1e-12
@@ -237,7 +249,7 @@ def test_a_wrong_sign_is_left_behind_sooner_than_by_gradient_descent():
     start = torch.tensor([-0.1], dtype=torch.float64)
 
     def steps(**options):
-        path = lab.trajectory(lambda x: x - 1, start, lr=0.01, **options)
+        path = implicit_bias.trajectory(lambda x: x - 1, start, lr=0.01, **options)
         return next(i for i, x in enumerate(path, 1) if x > 0.95)
 
     plain = steps(alpha=0.0)
@@ -249,7 +261,7 @@ def test_a_wrong_sign_is_left_behind_sooner_than_by_gradient_descent():
 def test_the_two_signs_differ_where_the_base_step_crosses_zero():
     start = torch.tensor([-0.1], dtype=torch.float64)
     for sign_at, sign in (("half", 1.0), ("full", -1.0)):
-        path = lab.trajectory(lambda x: x - 1, start, lr=0.5, alpha=2.0, sign_at=sign_at)
+        path = implicit_bias.trajectory(lambda x: x - 1, start, lr=0.5, alpha=2.0, sign_at=sign_at)
         half = -0.1 + 0.5 * 1.1
         assert next(path).item() == pytest.approx(half * math.exp(0.5 * 2.0 * sign * 1.1))
 
@@ -257,20 +269,20 @@ def test_the_two_signs_differ_where_the_base_step_crosses_zero():
 def test_bad_arguments_are_refused(problem):
     features, _, targets = problem
     for call in (
-        lambda: lab.closed_form(features, targets, -1.0),
-        lambda: lab.penalised_form(features, targets, math.nan, 1.0),
-        lambda: lab.potential(targets, -1.0),
-        lambda: lab.trajectory(torch.sin, targets, lr=0.1, alpha=-2.0),
+        lambda: implicit_bias.closed_form(features, targets, -1.0),
+        lambda: implicit_bias.penalised_form(features, targets, math.nan, 1.0),
+        lambda: implicit_bias.potential(targets, -1.0),
+        lambda: implicit_bias.trajectory(torch.sin, targets, lr=0.1, alpha=-2.0),
     ):
         with pytest.raises(ValueError, match="alpha must be at least 0"):
             call()
     with pytest.raises(ValueError, match="shape"):
-        lab.closed_form(features, targets[:3], 1.0)
+        implicit_bias.closed_form(features, targets[:3], 1.0)
     with pytest.raises(ValueError, match="no more rows than columns"):
-        lab.closed_form(features.T, torch.zeros(40).double(), 1.0)
+        implicit_bias.closed_form(features.T, torch.zeros(40).double(), 1.0)
     with pytest.raises(ValueError, match="beta must be above 0"):
-        lab.penalised_form(features, targets, 1.0, 0.0)
+        implicit_bias.penalised_form(features, targets, 1.0, 0.0)
     with pytest.raises(ValueError, match="sign_at"):
-        lab.trajectory(torch.sin, targets, lr=0.1, alpha=1.0, sign_at="both")
+        implicit_bias.trajectory(torch.sin, targets, lr=0.1, alpha=1.0, sign_at="both")
     with pytest.raises(RuntimeError, match="after 2 Newton steps"):
-        lab.closed_form(features, targets, 100.0, steps=2)
+        implicit_bias.closed_form(features, targets, 100.0, steps=2)

@@ -29,6 +29,13 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Writes what `_Loader` reads back as the same values."""
 
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        """Quote Unicode's own line breaks, which YAML would fold into a blank."""
+        style = '"' if re.search("[\x85\u2028\u2029]", data) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 for _class in (_Loader, _Dumper):
     # A folder may be called 2024-01-31.

@@ -1,18 +1,15 @@
-"""NanoAdam's arithmetic, selection and schedule against AdamW and against entry-wise loops."""
+"""NanoAdam's arithmetic and schedule against AdamW and against entry-wise loops."""
 
 import copy
 import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 from featherweight.optim import compact, compiled
 from featherweight.optim.nanoadam import NanoAdam
 from featherweight.optim.refresh import density_at, is_due
-from featherweight.optim.selection import SAMPLE, count, smallest
 from tests.oracles.nanoadam import Entries
 from tests.oracles.nanoadam import smallest as smallest_oracle
 
@@ -41,81 +38,6 @@ def train(parameter, optimizer, steps, seed=1):
 
 def nano(parameter, **options):
     return NanoAdam([parameter], **({"lr": 1e-2, "min_size": 0} | options))
-
-
-# Selection
-
-
-@given(
-    st.lists(st.sampled_from([0.0, -0.0, 0.5, -0.5, 1.0, -1.0, 2.0, 1e-40]), min_size=1),
-    st.sampled_from(["0.01", "0.1", "0.07", "0.3", "0.5", "1"]),
-    st.sampled_from([None, 1, 3, 7, 1000]),
-    st.booleans(),
-    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
-)
-def test_selection_is_the_sorted_one_with_many_ties(values, density, chunk, skip_zeros, dtype):
-    weights = torch.tensor(values, dtype=dtype)
-    found = smallest(weights, float(density), chunk, skip_zeros)
-    expected = smallest_oracle(weights.tolist(), density, chunk, skip_zeros)
-    assert found.tolist() == sorted(expected)
-
-
-def test_counts_are_ceilings_of_the_decimal():
-    assert [count(100, 0.07), count(1000, 0.1), count(7, 0.1), count(1, 0.01)] == [7, 100, 1, 1]
-    assert count(0, 0.5) == 0
-    assert count(10, 1.0) == 10
-
-
-@pytest.mark.parametrize("make", [
-    lambda n: torch.randn(n),
-    lambda n: torch.randn(n).round(),  # more ties than the sample suggests
-    lambda n: torch.zeros(n),
-    lambda n: torch.linspace(0, 1, n),  # the sample lies in order
-    lambda n: torch.cat([torch.ones(n - 5000), torch.zeros(5000)]),
-])  # fmt: skip
-def test_large_tensors_are_selected_exactly_whatever_the_sample_says(make):
-    weights = make(5 * SAMPLE + 3)
-    for density in (0.001, 0.1, 0.9):
-        found = smallest(weights, density)
-        keep = count(len(weights), density)
-        expected = weights.abs().sort(stable=True).indices[:keep].sort().values
-        assert torch.equal(found, expected)
-
-
-def test_a_sample_that_misleads_costs_time_alone(monkeypatch):
-    weights = torch.ones(5 * SAMPLE + 3)
-    stride = len(weights) // SAMPLE | 1
-    weights[::stride] = 1e-3  # what the sample sees is smaller than all else
-    keep = count(len(weights), 0.5)
-    expected = weights.sort(stable=True).indices[:keep].sort().values
-    assert torch.equal(smallest(weights, 0.5), expected)
-
-
-def test_nan_is_selected_last():
-    weights = torch.tensor([math.nan, math.inf, 3.0, -math.nan, -1.0])
-    assert smallest(weights, 0.4).tolist() == [2, 4]
-    assert smallest(weights, 0.6).tolist() == [1, 2, 4]
-    assert smallest(weights, 0.8).tolist() == [0, 1, 2, 4]
-
-
-def test_selected_are_no_larger_than_the_others_in_each_chunk():
-    parameter = weight(50, 41)
-    optimizer = nano(parameter, density=0.1, chunk=500, lr=0.0)
-    train(parameter, optimizer, 1)
-    mask = optimizer.expand(parameter)["selected"].flatten()
-    for part, chosen in zip(parameter.detach().flatten().split(500), mask.split(500), strict=True):
-        assert chosen.sum() == math.ceil(0.1 * len(part))
-        assert part[chosen].abs().max() <= part[~chosen].abs().min()
-
-
-def test_permuting_entries_permutes_the_selection():
-    weights = torch.randn(1000)
-    shuffle = torch.randperm(1000)
-    mask = torch.zeros(1000, dtype=torch.bool)
-    mask[smallest(weights, 0.1)] = True
-    permuted = torch.zeros(1000, dtype=torch.bool)
-    permuted[smallest(weights[shuffle], 0.1)] = True
-    assert torch.equal(permuted, mask[shuffle])
 
 
 # All entries selected: AdamW
@@ -541,62 +463,3 @@ def test_a_weight_with_gaps_is_refused():
     parameter.grad = torch.randn(20, 15)
     with pytest.raises(ValueError, match="has gaps in memory"):
         nano(parameter).step()
-
-
-# Options
-
-
-@pytest.mark.parametrize(("options", "message"), [
-    ({"lr": -1.0}, "lr must be a finite number >= 0, got -1.0"),
-    ({"lr": math.nan}, "lr must be"),
-    ({"betas": (0.9, 1.0)}, "betas must be two in"),
-    ({"betas": (0.9,)}, "betas must be two in"),
-    ({"eps": -1e-8}, "eps must be"),
-    ({"weight_decay": -0.1}, "weight_decay must be"),
-    ({"min_size": -1}, "min_size must be"),
-    ({"density": 0.0}, r"density must be a number in \(0, 1\], got 0.0"),
-    ({"density": 10}, "density must be"),
-    ({"final_density": 1.5, "total_steps": 1, "density_interval": 1}, "final_density must be"),
-    ({"final_density": 0.05, "density_interval": 3}, "total_steps must be .*needed with"),
-    ({"final_density": 0.05, "total_steps": 3}, "density_interval must be .*needed with"),
-    ({"mask_interval": 0}, "mask_interval must be an integer >= 1, got 0"),
-    ({"mask_interval": None}, "mask_interval must be"),
-    ({"mask_interval": True}, "mask_interval must be"),
-    ({"chunk": 0}, "chunk must be"),
-    ({"chunk": 2.5}, "chunk must be"),
-    ({"on_refresh": "carry_on"}, "unknown on_refresh 'carry_on': did you mean 'carry'"),
-    ({"backend": "cuda"}, "unknown backend 'cuda'"),
-    ({"state_dtype": torch.int8}, "state_dtype must be"),
-    ({"foreach": True, "fused": True}, "foreach must be None or False with fused=True, got True"),
-])  # fmt: skip
-def test_bad_options_are_refused_everywhere(options, message):
-    with pytest.raises(ValueError, match=message):
-        NanoAdam([weight(3)], **options)
-    optimizer = NanoAdam([weight(3)])
-    with pytest.raises(ValueError, match=message):
-        optimizer.add_param_group({"params": [weight(3)]} | options)
-    assert len(optimizer.param_groups) == 1
-
-
-def test_numba_is_asked_for_where_it_is_missing(monkeypatch):
-    monkeypatch.setattr(compiled, "available", lambda: False)
-    with pytest.raises(ValueError, match="backend 'numba' needs numba"):
-        NanoAdam([weight(3)], backend="numba")
-
-
-def test_sparse_gradients_are_refused_before_anything_moves():
-    first, second = (weight(30, 30, dtype=torch.float32) for _ in range(2))
-    optimizer = NanoAdam([{"params": [first]}, {"params": [second]}], min_size=0)
-    before = first.detach().clone()
-    first.grad, second.grad = torch.ones(30, 30), torch.ones(30, 30).to_sparse()
-    with pytest.raises(ValueError, match="a sparse one"):
-        optimizer.step()
-    assert torch.equal(before, first)
-    assert not optimizer.state
-
-
-def test_rank_is_never_asked():
-    parameter = weight(5000)
-    optimizer = NanoAdam([parameter], 1e-2)
-    train(parameter, optimizer, 1)
-    assert len(optimizer.state[parameter]["index"]) == 500

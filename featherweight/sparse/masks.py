@@ -141,7 +141,7 @@ class Masks(Mapping[str, Tensor]):
 
     def counts(self) -> dict[str, int]:
         """Return the number of kept entries of each tensor."""
-        return {name: int(mask.sum()) for name, mask in self.items()}
+        return {name: int(mask.count_nonzero()) for name, mask in self.items()}
 
     def densities(self) -> dict[str, float]:
         """Return the kept fraction of each tensor."""

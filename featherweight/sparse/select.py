@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from featherweight.sparse.density import allocate, kept_counts
 from featherweight.sparse.density.allocate import Allocation
+from featherweight.sparse.kth_largest import kth_largest
 from featherweight.sparse.masks import Masks
 from featherweight.sparse.structure import NM, Structure, Whole
 
@@ -32,30 +34,43 @@ def top_k(scores: Tensor, keep: int, support: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: ``keep`` is out of range, or a score is NaN.
     """
-    candidates = scores.detach().flatten()
-    if support is not None:
-        candidates = candidates[support.flatten()]
-    if not 0 <= keep <= len(candidates):
-        raise ValueError(f"keep must lie in [0, {len(candidates)}], got {keep}")
-    if candidates.isnan().any():
+    values = scores.detach()
+    room = values.numel() if support is None else int(support.count_nonzero())
+    if not 0 <= keep <= room:
+        raise ValueError(f"keep must lie in [0, {room}], got {keep}")
+    if support is None or room == values.numel():
+        return _largest(values, keep)
+    if room < FEW * values.numel():
+        places = support.flatten().nonzero().squeeze(1)
+        mask = torch.zeros(values.numel(), dtype=torch.bool, device=values.device)
+        mask[places[_largest(values.flatten()[places], keep)]] = True
+        return mask.view(values.shape)
+    return _largest(values.where(support, _least(values.dtype)), keep, support)
+
+
+FEW = 1 / 4
+"""Share of the entries; of fewer it pays to gather them."""
+
+
+def _largest(values: Tensor, keep: int, support: Tensor | None = None) -> Tensor:
+    """Mark the largest; values outside the support must be the least that there are."""
+    if values.numel() and values.amax().isnan():
         raise ValueError("scores hold NaN")
-    chosen = _largest(candidates, keep)
-    if support is None:
-        return chosen.view(scores.shape)
-    mask = torch.zeros_like(support)
-    mask[support] = chosen
-    return mask
-
-
-def _largest(values: Tensor, keep: int) -> Tensor:
     if keep == 0:
         return torch.zeros_like(values, dtype=torch.bool)
-    # topk picks arbitrarily among ties, so only its threshold is used.
-    threshold = values.topk(keep, sorted=False).values.min()
-    chosen = values > threshold
-    ties = (values == threshold).nonzero().flatten()
-    chosen[ties[: keep - int(chosen.sum())]] = True
+    threshold = kth_largest(values.flatten(), keep)
+    chosen = values >= threshold
+    if support is not None:
+        chosen &= support
+    surplus = int(chosen.count_nonzero()) - keep
+    if surplus:
+        ties = (chosen & (values == threshold)).nonzero()
+        chosen[ties[-surplus:].unbind(1)] = False
     return chosen
+
+
+def _least(dtype: torch.dtype) -> float | int:
+    return -math.inf if dtype.is_floating_point else torch.iinfo(dtype).min
 
 
 def select(

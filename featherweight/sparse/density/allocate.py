@@ -70,7 +70,9 @@ def kept_counts(
         ValueError: the support holds fewer than ``total`` entries.
     """
     sizes = {name: prod(shape) for name, shape in shapes.items()}
-    room = sizes if support is None else {name: int(support[name].sum()) for name in sizes}
+    room = (
+        sizes if support is None else {name: int(support[name].count_nonzero()) for name in sizes}
+    )
     shares = {name: densities[name] * size for name, size in sizes.items()}
     total = round(sum(shares.values())) if total is None else total
     if total > sum(room.values()):

@@ -21,7 +21,7 @@ def drop(mask: Tensor, worth: Tensor, count: int) -> Tensor:
         worth: real, same shape, no NaN; of equal entries the one with the highest index goes.
         count: from 0 to the number of kept entries.
     """
-    return top_k(worth, int(mask.sum()) - count, mask)
+    return top_k(worth, int(mask.count_nonzero()) - count, mask)
 
 
 def grow(mask: Tensor, worth: Tensor, count: int, support: Tensor | None = None) -> Tensor:
@@ -79,14 +79,18 @@ def rewire(
     Source: Mocanu et al. 2018, arXiv:1707.04780, algorithm 1.
     """
     free = _free(mask, support)
-    count = min(count, int(free.sum()))
+    count = min(count, int(free.count_nonzero()))
     return drop(mask, worth, count) | sample(free, count, generator)
 
 
 def sample(candidates: Tensor, count: int, generator: Generator) -> Tensor:
     """Mark ``count`` of the candidates (bool), every choice equally likely, the same everywhere."""
     draw = torch.rand(candidates.shape, generator=generator, dtype=torch.float64)
-    return top_k(draw.to(candidates.device), count, candidates)
+    draw = draw.to(candidates.device)
+    # The largest draws are nearly always among these, and few are ranked much faster than all.
+    likely = candidates & (draw > 1 - 2 * count / max(1, int(candidates.count_nonzero())))
+    enough = int(likely.count_nonzero()) >= count
+    return top_k(draw, count, likely if enough else candidates)
 
 
 def by_layer(now: Moment, change: Callable[[str, Tensor], Tensor]) -> Masks:

@@ -120,7 +120,7 @@ def granet(
             if name not in now.gradients:
                 return mask
             weight, gradient = now.weights[name], now.gradients[name]
-            count = int(share * int(mask.sum()))
+            count = int(share * int(mask.count_nonzero()))
             return exchange(mask, weight, gradient, count, within(support, name, mask))
 
         return [pruned, by_layer(replace(now, masks=pruned), layer)]

@@ -95,7 +95,7 @@ def mest_em(
 
         def layer(name: str, mask: Tensor) -> Tensor:
             assert now.generator is not None
-            count = int(share * int(mask.sum()))
+            count = int(share * int(mask.count_nonzero()))
             worth = importance(now, name, gradient_weight)
             return rewire(mask, worth, count, now.generator, within(support, name, mask))
 
@@ -183,10 +183,12 @@ def mest_ems(
             assert now.generator is not None
             own = now.memory["counts"][name]
             worth = importance(now, name, gradient_weight)
-            pruned = drop(mask, worth, int(mask.sum()) - own)
+            pruned = drop(mask, worth, int(mask.count_nonzero()) - own)
             allowed = within(support, name, mask)
             free = ~mask if allowed is None else allowed & ~mask
-            return pruned | sample(free, min(int(share * own), int(free.sum())), now.generator)
+            return pruned | sample(
+                free, min(int(share * own), int(free.count_nonzero())), now.generator
+            )
 
         return [by_layer(now, layer)]
 

@@ -104,7 +104,7 @@ def rigl(
             if name not in now.gradients:
                 return mask
             weight, gradient = now.weights[name], now.gradients[name]
-            count = int(share * int(mask.sum()))
+            count = int(share * int(mask.count_nonzero()))
             return exchange(mask, weight, gradient, count, within(support, name, mask))
 
         return [by_layer(now, layer)]

@@ -93,7 +93,7 @@ def set(
 
         def layer(name: str, mask: Tensor) -> Tensor:
             assert now.generator is not None
-            count = int(share * int(mask.sum()))
+            count = int(share * int(mask.count_nonzero()))
             worth = now.weights[name].abs()
             return rewire(mask, worth, count, now.generator, within(support, name, mask))
 

@@ -1,4 +1,4 @@
-"""NanoAdam's update as one pass over the selected entries, where numba is installed.
+"""Updates as one pass over memory, where numba is installed.
 
 Four threads or one give the same bits: every entry is computed on its own.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -35,8 +35,12 @@ def fits(job: Job) -> bool:
 
 
 def run(jobs: Iterable[Job]) -> None:
-    """Do the updates, on as many threads as torch uses."""
-    calls = [call for job in jobs for call in _calls(job)]
+    """Do NanoAdam's updates of selected entries."""
+    spread([call for job in jobs for call in _calls(job)])
+
+
+def spread(calls: Sequence[Callable[[], None]]) -> None:
+    """Make calls, on as many threads as torch uses."""
     threads = min(torch.get_num_threads(), len(calls))
     if threads <= 1:
         for call in calls:

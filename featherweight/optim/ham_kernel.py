@@ -11,7 +11,7 @@ exponent, and three squarings, exact to 1e-6 of the weight.
 import numpy as np
 from numba import njit
 
-BLOCK = 512  # entries, two kilobytes of each array: the second reading finds them in the cache
+BLOCK = 512  # entries, two kilobytes of each array: the next block's gradient stays in the cache
 SMALL = np.float32(1 / 32)  # exponents up to here: the fourth term is under half a rounding
 LARGEST = 5.0  # exponents up to here
 
@@ -35,19 +35,25 @@ def step(
         clamp: bound of its size, from `SMALL` to `LARGEST`.
     """
     bits = gradient.view(np.int32)
+    largest = _largest(bits[:BLOCK])
     for low in range(0, len(weights), BLOCK):
-        part = slice(low, low + BLOCK)
-        reach = abs(alpha) * _largest(bits[part]) + abs(beta)
-        if reach <= SMALL:
-            _small(
-                weights[part], gradient[part], first[part], second[part],
+        high = min(low + BLOCK, len(weights))
+        end = min(high + BLOCK, len(weights))
+        whole = end - high == high - low  # the next block is as long as this one
+        if abs(alpha) * largest + abs(beta) <= SMALL:
+            largest = _small(
+                weights[low:high], gradient[low:high], first[low:high], second[low:high],
+                bits[high:end] if whole else bits[low:high],
                 rest1, beta2, rest2, rate, scale, eps, decay, sign, alpha, beta,
             )  # fmt: skip
         else:
+            whole = False
             _any(
-                weights[part], gradient[part], first[part], second[part],
+                weights[low:high], gradient[low:high], first[low:high], second[low:high],
                 rest1, beta2, rest2, rate, scale, eps, decay, sign, alpha, beta, clamp,
             )  # fmt: skip
+        if not whole:
+            largest = _largest(bits[high:end])
 
 
 @njit(nogil=True, error_model="numpy")
@@ -61,9 +67,11 @@ def _largest(bits):
 
 @njit(nogil=True, error_model="numpy", fastmath=VECTORS)
 def _small(
-    weights, gradient, first, second,
+    weights, gradient, first, second, bits,
     rest1, beta2, rest2, rate, scale, eps, decay, sign, alpha, beta,
 ):  # fmt: skip
+    """Step a block; return the largest gradient of the next, whose memory is then on its way."""
+    largest = np.int32(0)
     for i in range(len(weights)):
         g = sign * gradient[i]
         m = first[i] + rest1 * (g - first[i])
@@ -75,6 +83,8 @@ def _small(
         e = (-s if w < np.float32(0) else s) + beta
         series = e * (np.float32(1) + e * (np.float32(1 / 2) + e * np.float32(1 / 6)))
         weights[i] = w + w * series
+        largest = max(largest, np.int32(bits[i] & np.int32(0x7FFFFFFF)))
+    return np.int32(largest).view(np.float32)
 
 
 @njit(nogil=True, error_model="numpy", fastmath=VECTORS)

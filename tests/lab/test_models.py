@@ -145,11 +145,80 @@ def test_shortcut_a_is_strided_with_channels_between_zeros():
     assert not out[:, 24:].any()
 
 
+def residual_names() -> list[str]:
+    return [name for name in MODELS if name.startswith(("resnet", "residual"))]
+
+
+@pytest.mark.parametrize("name", residual_names())
+def test_a_projection_around_every_block_where_asked(name: str):
+    options = {"width": 4} | ({"blocks": 3} if name in ("resnet-deep", "residual-mlp") else {})
+    model = build(name, **CIFAR, **options, shortcut="C").eval()
+    kinds = ("CifarBlock", "BasicBlock", "Bottleneck", "LinearBlock")
+    blocks = [m for m in model.modules() if type(m).__name__ in kinds]
+    assert blocks
+    for block in blocks:
+        way = getattr(block, "downsample", None) or block.shortcut
+        assert prunable(way)[1] == 1
+
+
+@pytest.mark.parametrize("name", residual_names())
+def test_networks_without_norms_have_biases_and_scalars_where_asked(name: str):
+    options = {"width": 4} | ({"blocks": 3} if name in ("resnet-deep", "residual-mlp") else {})
+    counts = {}
+    for norm, scale in (("batch", "none"), ("none", "none"), ("none", "both"), ("fixup", "none")):
+        model = build(name, **CIFAR, **options, norm=norm, scale=scale)
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        assert bool(norms) == (norm == "batch")
+        layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))][:-1]
+        assert all((layer.bias is not None) == (norm == "none") for layer in layers)
+        scalars = [p for p in model.parameters() if p.numel() == 1]
+        counts[norm, scale] = len(scalars)
+    blocks = counts["none", "both"] // 2
+    inner = 3 if name == "resnet50" else 2
+    assert counts["batch", "none"] == counts["none", "none"] == 0
+    # before and behind each layer of a branch, and its multiplier; one each at stem and head
+    assert counts["fixup", "none"] == blocks * (2 * inner + 1) + 2
+
+
+@torch.no_grad()
+def test_a_fixup_block_adds_and_multiplies_where_the_paper_does():
+    block = build("resnet20", **CIFAR, width=4, shortcut="C", norm="fixup").layer1[0]
+    scalars = [p for p in block.parameters() if p.numel() == 1]
+    for number, parameter in enumerate(scalars, 1):
+        parameter.fill_(0.1 * number)
+    first, second = (shift.bias for shift in block.scalars.before)
+    x = torch.randn(2, 4, 6, 6)
+    out = (block.conv1(x + first) + block.bn1.bias).relu()
+    out = block.conv2(out + second) * block.scalars.branch.scale + block.scalars.after.bias
+    assert torch.allclose(block(x), (out + block.shortcut(x + first)).relu())
+    assert len(scalars) == 5
+
+
+@torch.no_grad()
+def test_a_block_of_the_residual_perceptron_by_hand():
+    model = build(
+        "residual-mlp", classes=3, shape=(1, 2, 2), seed=0, width=5, blocks=1, scale="both"
+    )
+    block, x = model.blocks[0], torch.rand(7, 5)
+    block.scalars.branch.scale.fill_(0.3)
+    block.scalars.skip.scale.fill_(0.7)
+    branch = block.linear2(block.linear1(x).relu())
+    assert torch.allclose(block(x), (0.3 * branch + 0.7 * x).relu())
+    first = model.linear(x[:, :4]).relu()
+    assert torch.equal(model(x[:, :4].view(7, 1, 2, 2)), model.classifier(block(first)))
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         ("resnet20", {"shortcuts": "A"}, "'shortcuts': did you mean 'shortcut'"),
-        ("resnet20", {"shortcut": "C"}, "unknown shortcut 'C'"),
+        ("resnet20", {"shortcut": "D"}, "unknown shortcut 'D'"),
+        ("resnet18", {"shortcut": "A"}, "unknown shortcut 'A'"),
+        ("resnet56", {"norm": "layer"}, "unknown norm 'layer'"),
+        ("resnet50", {"scale": "skip"}, "unknown scale 'skip'"),
+        ("resnet-deep", {"blocks": 0}, "blocks must be a whole number of at least 1, got 0"),
+        ("residual-mlp", {"shortcut": "A"}, "unknown shortcut 'A'"),
+        ("residual-mlp", {"width": 0}, "width must be a whole number of at least 1, got 0"),
         ("resnet18", {"stem": "imagnet"}, "did you mean 'imagenet'"),
         ("resnet18", {"width": 0}, "width must be a whole number of at least 1, got 0"),
         ("mlp", {"depth": 1.5}, r"depth must be a whole number of at least 1, got 1\.5"),

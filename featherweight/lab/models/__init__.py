@@ -3,7 +3,7 @@
 ``build`` makes one from a seed, ``MODELS`` lists what there is.
 """
 
-from featherweight.lab.models import mlp, resnet, vgg, vit, external  # noqa: F401, I001  (register, in this order)
+from featherweight.lab.models import mlp, resnet, residual_mlp, vgg, vit, external  # noqa: F401, I001  (register, in this order)
 from featherweight.lab.models.base import MODELS
 from featherweight.lab.models.build import build
 

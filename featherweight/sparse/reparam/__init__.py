@@ -7,6 +7,20 @@ from featherweight.sparse.reparam.continuous import (
     mask_penalty,
 )
 from featherweight.sparse.reparam.edge_popup import edge_popup, masks, score_parameters
+from featherweight.sparse.reparam.edge_popup_anneal import (
+    clamp_scores_,
+    edge_popup_anneal,
+    edge_popup_densities,
+    set_density_,
+)
+from featherweight.sparse.reparam.edge_popup_rescale import (
+    fit_by_descent,
+    fit_cross_entropy,
+    fit_squares,
+    scale_last_layer_,
+    scale_output_,
+    scale_to_fit_,
+)
 from featherweight.sparse.reparam.fold import (
     Reparametrization,
     attach,
@@ -50,6 +64,16 @@ __all__ = [
     "edge_popup",  # frozen random weights, learned scores choose the edges
     "score_parameters",  # what edge-popup trains
     "masks",  # the edges it has chosen
+    "edge_popup_anneal",  # its density, lowered level by level
+    "edge_popup_densities",  # to these
+    "set_density_",  # once
+    "clamp_scores_",  # scores stay positive
+    "scale_to_fit_",  # frozen parameters scaled so that outputs fit best
+    "fit_squares",  # by this factor for a squared error
+    "fit_cross_entropy",  # this for cross-entropy
+    "fit_by_descent",  # this for any loss
+    "scale_output_",  # a factor on the output, spread over the layers
+    "scale_last_layer_",  # or put on the last
     "parameter_groups",  # what an optimizer trains and decays under a form
     "nonzero",  # the weights that are not zero now
     "density",  # their fraction

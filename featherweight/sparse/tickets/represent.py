@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from featherweight.common import Generator, as_generator
+from featherweight.sparse.tickets.layers import linears
 
 
 class MissingConnectionError(RuntimeError):
@@ -115,7 +116,7 @@ def represent(
     """
     if not math.isfinite(lower):
         raise ValueError(f"lower must be finite, got {lower}")
-    layers = _linears(target)
+    layers = list(linears(target).values())
     sizes = [layers[0].in_features, *(layer.out_features for layer in layers)]
     densities = _each(density, len(sizes))
     widths = source_widths(sizes, densities, delta) if widths is None else list(widths)
@@ -156,13 +157,6 @@ def _shifted(layers: Sequence[nn.Linear], lower: float) -> list[tuple[Tensor, Te
     first = torch.eye(layers[0].in_features).to(layers[0].weight)
     pairs = [(first, -lower * first.sum(0)), *zip([m.weight for m in layers], biases, strict=True)]
     return [(weight.cpu(), bias.cpu()) for weight, bias in pairs]
-
-
-def _linears(target: nn.Sequential) -> list[nn.Linear]:
-    kinds = [type(module) for module in target]
-    if len(kinds) % 2 == 0 or kinds != ([nn.Linear, nn.ReLU] * len(kinds))[: len(kinds)]:
-        raise ValueError(f"target must be Linear, ReLU, ..., Linear in a Sequential, got {kinds}")
-    return [module for module in target if isinstance(module, nn.Linear)]
 
 
 def _copies(widths: Sequence[int], sizes: Sequence[int]) -> list[int]:

@@ -3,14 +3,14 @@
 import sys
 from pathlib import Path
 
-from benchmarks import criteria, dynamic, ham, hold, nanoadam, select, sign_in
+from benchmarks import criteria, depth, dynamic, ham, hold, nanoadam, select, sign_in, tickets
 from benchmarks.provenance import provenance
 from featherweight.common import write_text
 
 
 def main() -> None:
     folder = Path(__file__).resolve().parent.parent / "docs" / "results"
-    for module in (criteria, dynamic, ham, hold, nanoadam, select, sign_in):
+    for module in (criteria, depth, dynamic, ham, hold, nanoadam, select, sign_in, tickets):
         name = module.__name__.rpartition(".")[2]
         if sys.argv[1:] and name not in sys.argv[1:]:
             continue

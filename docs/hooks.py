@@ -25,6 +25,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 
 from featherweight.common import Registry, unknown
+from featherweight.depth import ROUTERS
+from featherweight.init import INITS
 from featherweight.lab import cli
 from featherweight.lab.claims import CLAIMS
 from featherweight.lab.data import DATA
@@ -33,6 +35,7 @@ from featherweight.lab.models import MODELS
 from featherweight.lab.models.build import option_names
 from featherweight.lab.parse import describe, shipped
 from featherweight.optim import OPTIMIZERS
+from featherweight.quant import QUANTIZERS, ROTATIONS
 from featherweight.sparse import (
     CONSTRUCTIONS,
     CRITERIA,
@@ -47,6 +50,9 @@ from featherweight.sparse import (
 DOCS = Path(__file__).resolve().parent
 
 ROOMS = (
+    "featherweight.depth",
+    "featherweight.init",
+    "featherweight.quant",
     "featherweight.optim",
     "featherweight.optim.implicit_bias",
     "featherweight.sparse",
@@ -77,7 +83,11 @@ KINDS: dict[str, Registry[Any]] = {
     "loop": LOOPS,
     "dynamic": DYNAMIC,
     "form": FORMS,
+    "initialisation": INITS,
     "optimizer": OPTIMIZERS,
+    "quantiser": QUANTIZERS,
+    "rotation": ROTATIONS,
+    "router": ROUTERS,
 }
 
 DIRECTIVE = re.compile(r"^::: (\S+)$", re.MULTILINE)

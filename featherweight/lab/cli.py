@@ -183,6 +183,71 @@ class Claims:
 
 
 @dataclass(frozen=True)
+class Quantize:
+    """Make a language model's weights smaller: rotate, quantise, write what stock loaders read.
+
+    Example: featherweight quantize MODEL_DIR --calibration text.txt --out MODEL_DIR-w4
+    """
+
+    model: Annotated[Positional[Path], arg(metavar="MODEL_DIR")]
+    """A model directory of transformers."""
+    out: Annotated[Path, arg(metavar="FOLDER")]
+    """Folder to make; must not exist, or be empty."""
+    rotation: Annotated[str, arg(metavar="NAME")] = "optrot"
+    """A rotation (see `featherweight ls methods`), auto (try some, keep the best), or a
+    rotation.safetensors."""
+    method: Annotated[str, arg(metavar="NAME")] = "gptq"
+    """A quantiser."""
+    bits: Annotated[int, arg(metavar="N")] = 4
+    """Of a weight, 2 to 8."""
+    group_size: Annotated[int, arg(metavar="N")] = 128
+    """Weights that share a scale; 0: whole rows."""
+    symmetric: bool = True
+    """Without a zero point."""
+    calibration: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Text to calibrate on, for all but rtn without a learned-from-data rotation."""
+    sequences: Annotated[int, arg(metavar="N")] = 128
+    """Calibration sequences."""
+    tokens: Annotated[int, arg(metavar="N")] = 512
+    """Of a calibration sequence."""
+    format: Annotated[str, arg(metavar="NAME")] = "compressed-tensors"
+    """compressed-tensors, gptq, or plain."""
+    steps: Annotated[int | None, arg(metavar="N")] = None
+    """Of learning the rotation; by default the method's own."""
+    seed: Annotated[int, arg(metavar="N")] = 0
+    """Of the rotation."""
+    allow_pickle: bool = False
+    """Read pickled weights (tensors alone)."""
+
+    def execute(self) -> None:
+        """Quantise and print what came out."""
+        from rich.console import Console
+
+        from featherweight.lab.quantize import quantize
+
+        plan = {
+            "rotation": self.rotation,
+            "method": self.method,
+            "bits": self.bits,
+            "group_size": self.group_size or None,
+            "symmetric": self.symmetric,
+            "steps": self.steps,
+            "seed": self.seed,
+            "sequences": self.sequences,
+            "tokens": self.tokens,
+        }
+        quantize(
+            self.model,
+            self.out,
+            plan,
+            calibration=self.calibration,
+            format=self.format,
+            allow_pickle=self.allow_pickle,
+            console=Console(),
+        )
+
+
+@dataclass(frozen=True)
 class Doctor:
     """Examine this machine: torch build, threads, devices, and which speed-ups to expect, measured.
 
@@ -201,6 +266,31 @@ class Doctor:
         Console().print(render(examine(quick=not self.thorough)))
 
 
+@dataclass(frozen=True)
+class Inspect:
+    """Measure how signals pass through a fresh model: norms, similarities, gradients, Jacobian.
+
+    Example: featherweight inspect resnet-deep model.init=risotto
+    """
+
+    model: Annotated[Positional[tuple[str, ...]], arg(metavar="MODEL [KEY=VALUE ...]")]
+    """A model (on digits, unless data.name says otherwise) or a recipe, and overrides."""
+    seed: Annotated[int, arg(metavar="N")] = 0
+    """Of the weights."""
+    out: Annotated[Path, arg(metavar="FOLDER")] = Path("inspect")
+    """Where the pictures go."""
+
+    def execute(self) -> None:
+        """Print and draw."""
+        from featherweight.lab.inspection import inspect
+
+        overrides = [word for word in self.model if "=" in word]
+        names = [word for word in self.model if "=" not in word]
+        if len(names) != 1:
+            raise BadInput("name one model or recipe; `featherweight ls models` lists models")
+        print("\n\n".join(inspect(names[0], overrides, self.seed, self.out)))
+
+
 Command = (
     Annotated[Ls, subcommand("ls")]
     | Annotated[Show, subcommand("show")]
@@ -208,6 +298,8 @@ Command = (
     | Annotated[Run, subcommand("run")]
     | Annotated[Report, subcommand("report")]
     | Annotated[Claims, subcommand("claims")]
+    | Annotated[Quantize, subcommand("quantize")]
+    | Annotated[Inspect, subcommand("inspect")]
     | Annotated[Doctor, subcommand("doctor")]
 )
 
@@ -285,14 +377,14 @@ def _leave_ranks() -> None:
 
 def _positionals_first(words: list[str]) -> list[str]:
     """Let overrides stand anywhere: ``run RECIPE --jobs 2 key=value`` is no mistake."""
-    if words[:1] != ["run"]:
+    if words[:1] not in (["run"], ["inspect"]):
         return words
     positionals: list[str] = []
     options: list[str] = []
     for word in words[1:]:
-        takes_value = options[-1:] in (["--out"], ["--jobs"])
+        takes_value = options[-1:] in (["--out"], ["--jobs"], ["--seed"])
         (options if word.startswith("-") or takes_value else positionals).append(word)
-    return ["run", *positionals, *options]
+    return [words[0], *positionals, *options]
 
 
 def _stop(message: str, code: int) -> None:

@@ -12,14 +12,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import Optimizer
 
 from featherweight.lab.data import Batches
 from featherweight.lab.data.seeding import derive_seed
-from featherweight.lab.errors import BadInput, RunFailed
-from featherweight.lab.recipe import FitRecipe
+from featherweight.lab.errors import RunFailed
 from featherweight.lab.schedule import Schedule
-from featherweight.sparse.reparam import SignInSGD, parameter_groups, sign_in_groups
 
 
 @dataclass(frozen=True)
@@ -46,62 +44,6 @@ class Epoch:
 
 class Diverged(RunFailed):
     """The loss or a weight is NaN or infinite."""
-
-
-def make_optimizer(model: nn.Module, fit: FitRecipe, formed: bool = False) -> Optimizer:
-    """Build the recipe's optimizer over all parameters, fused where torch has it.
-
-    Args:
-        model: what is trained.
-        fit: the recipe's part.
-        formed: whether the model is under a form, which decides what is trained and decays.
-
-    Raises:
-        BadInput: the optimizer can't train this model.
-    """
-    if fit.optimizer == "sign-in":
-        return _sign_in(model, fit)
-    parameters: list[Any] = [p for p in model.parameters() if p.requires_grad]
-    fused = all(p.device.type in ("cpu", "cuda", "mps") for p in parameters)
-    if formed:
-        parameters = parameter_groups(model, fit.weight_decay)
-    common: dict[str, Any] = {
-        "lr": fit.learning_rate,
-        "weight_decay": fit.weight_decay,
-        "fused": fused,
-    }
-    optimizer: Optimizer
-    if fit.optimizer == "adamw":
-        optimizer = AdamW(parameters, **common)
-    else:
-        optimizer = SGD(parameters, momentum=fit.momentum, nesterov=fit.nesterov, **common)
-    optimizer.register_load_state_dict_post_hook(_lay_out_as_weights)
-    return optimizer
-
-
-def _sign_in(model: nn.Module, fit: FitRecipe) -> Optimizer:
-    try:
-        return SignInSGD(
-            sign_in_groups(model, fit.beta),
-            lr=fit.learning_rate,
-            momentum=fit.momentum,
-            nesterov=fit.nesterov,
-            weight_decay=fit.weight_decay,
-        )
-    except ValueError as error:
-        raise BadInput(f"fit.optimizer: {error}") from error
-
-
-@torch.no_grad()
-def _lay_out_as_weights(optimizer: Optimizer) -> None:
-    """Give loaded state the memory format of its weights.
-
-    Fused steps go through memory in order: state in another format would meet other weights.
-    """
-    for weight, state in optimizer.state.items():
-        for key, value in state.items():
-            if isinstance(value, Tensor) and value.shape == weight.shape:
-                state[key] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
 
 @dataclass(frozen=True)
@@ -184,7 +126,7 @@ def train(
             begun = time.perf_counter()
             rate = schedule(step)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("rate_factor", 1.0)
             logits = model(images)
             summed = loss(images, logits, labels)
             # Ranks average their gradients, so this makes it the mean over the whole batch even

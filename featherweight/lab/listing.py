@@ -10,11 +10,15 @@ from rich.console import Console
 from rich.table import Table
 
 from featherweight.common import Registry, unknown
+from featherweight.depth import ROUTERS
+from featherweight.init import INITS
 from featherweight.lab.claims import CLAIMS
 from featherweight.lab.data import DATA
 from featherweight.lab.errors import BadInput
 from featherweight.lab.models import MODELS
 from featherweight.lab.parse import describe, shipped
+from featherweight.optim import OPTIMIZERS
+from featherweight.quant import QUANTIZERS, ROTATIONS
 from featherweight.sparse import (
     CONSTRUCTIONS,
     CRITERIA,
@@ -35,6 +39,11 @@ METHODS: dict[str, Registry[Any]] = {
     "density rules": DENSITIES,
     "resets": RESETS,
     "cycle strategies": STRATEGIES,
+    "initialisations": INITS,
+    "optimizers": OPTIMIZERS,
+    "routers": ROUTERS,
+    "rotations": ROTATIONS,
+    "quantisers": QUANTIZERS,
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import Annotated, Any, Literal
@@ -11,9 +11,11 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field
 
 from featherweight.common import Registry, unknown
+from featherweight.init import INITS
 from featherweight.lab.data import DATA
 from featherweight.lab.duration import Duration, DurationField
 from featherweight.lab.models import MODELS
+from featherweight.optim import OPTIMIZERS
 from featherweight.sparse import (
     CONSTRUCTIONS,
     CRITERIA,
@@ -90,6 +92,27 @@ def own_options(method: str) -> list[str]:
     return [name for name in dict.fromkeys(names) if name in own or name not in _GIVEN]
 
 
+def optimizer_options(name: str) -> list[str]:
+    """Return the names that ``fit.options`` may hold for an optimizer."""
+    if name not in OPTIMIZERS:
+        return []
+    given = "params lr momentum weight_decay nesterov weights maximize foreach fused capturable"
+    names = signature(OPTIMIZERS[name].method).parameters
+    return [option for option in names if option not in (*given.split(), "state_dtype")]
+
+
+def _check_options(
+    key: str, owner: str, options: Mapping[str, Any], allowed: Sequence[str]
+) -> None:
+    for name in options:
+        if name not in allowed:
+            raise ValueError(
+                f"{key}: {unknown(f'option of {owner}', name, allowed)}"
+                if allowed
+                else f"{key}: {owner} has none, got {name!r}"
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataRecipe:
     """What is learned from."""
@@ -130,6 +153,20 @@ class ModelRecipe:
     options: Annotated[
         dict[str, Any], Field(description="the model's own options, such as width")
     ] = field(default_factory=dict)
+    init: Annotated[
+        Annotated[str, _one_of("initialisation", list(INITS))] | None,
+        Field(description="where the weights start; null: as the model's builder draws them"),
+    ] = None
+    init_options: Annotated[
+        dict[str, Any], Field(description="the initialisation's own options, such as alpha")
+    ] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse options that the initialisation doesn't have."""
+        given = ("model", "example", "seed", "generator")
+        names = signature(INITS[self.init].method).parameters if self.init else {}
+        allowed = [name for name in names if name not in given]
+        _check_options("init_options", self.init or "no initialisation", self.init_options, allowed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,14 +301,7 @@ class SparseRecipe:
 
     def __post_init__(self) -> None:
         """Refuse options that the method doesn't have."""
-        allowed = own_options(self.method)
-        for name in self.options:
-            if name not in allowed:
-                raise ValueError(
-                    f"options: {unknown(f'option of {self.method}', name, allowed)}"
-                    if allowed
-                    else f"options: {self.method} has none, got {name!r}"
-                )
+        _check_options("options", self.method, self.options, own_options(self.method))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,12 +315,27 @@ class FitRecipe:
     )
     batch_size: Annotated[Positive, Field(description="images a step, over all devices")] = 64
     optimizer: Annotated[
-        Literal["sgd", "adamw", "sign-in"],
-        Field(description="what steps; sign-in is sgd in the geometry of Sign-In"),
+        Literal["sgd", "adamw", "sign-in", "ham-sgd", "ham-adamw", "nanoadam"],
+        Field(
+            description="what steps; sign-in is sgd in the geometry of Sign-In, ham-sgd and "
+            "ham-adamw act on weights, nanoadam selects from them"
+        ),
     ] = "sgd"
+    options: Annotated[
+        dict[str, Any],
+        Field(description="ham-sgd, ham-adamw, nanoadam: the optimizer's own options"),
+    ] = field(default_factory=dict)
     learning_rate: Annotated[float, Field(gt=0, description="peak learning rate")] = 0.1
     momentum: Annotated[float, Field(ge=0, lt=1, description="sgd: momentum; 0: none")] = 0.9
     nesterov: Annotated[bool, Field(description="sgd: Nesterov momentum")] = False
+    scalar_rate: Annotated[
+        float,
+        Field(
+            gt=0,
+            description="sgd, adamw: learning rate of parameters that are one number, over that of "
+            "the others (Fixup: 0.1)",
+        ),
+    ] = 1.0
     weight_decay: Annotated[NotNegative, Field(description="weight decay; 0: none")] = 5e-4
     schedule: Annotated[
         Literal["constant", "cosine", "step", "triangular"],
@@ -325,6 +370,13 @@ class FitRecipe:
     ] = 0.0
     temperature: Annotated[float, Field(gt=0, description="of the soft targets")] = 6.0
     clip: Annotated[float | None, Field(gt=0, description="gradient norm limit; null: none")] = None
+
+    def __post_init__(self) -> None:
+        """Refuse options that the optimizer doesn't have, and HAM without a strength."""
+        allowed = optimizer_options(self.optimizer)
+        _check_options("options", self.optimizer, self.options, allowed)
+        if self.optimizer.startswith("ham-") and "alpha" not in self.options:
+            raise ValueError(f"options: {self.optimizer} needs alpha, the strength of its geometry")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,11 +26,12 @@ from featherweight.lab.context import accelerator, locked
 from featherweight.lab.cost import measure
 from featherweight.lab.duration import Duration
 from featherweight.lab.errors import BadInput, RunFailed
-from featherweight.lab.fit import Diverged, Epoch, Loss, evaluate, make_optimizer, train
+from featherweight.lab.fit import Diverged, Epoch, Loss, evaluate, train
 from featherweight.lab.identity import identity
 from featherweight.lab.keep import Formed, accompany, keep, put_form
 from featherweight.lab.logs import Logs, tensorboard
 from featherweight.lab.machine import environment
+from featherweight.lab.optimizer import make_optimizer
 from featherweight.lab.parse import to_yaml
 from featherweight.lab.recipe import Recipe
 from featherweight.lab.schedule import schedule

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 
+from featherweight.init import INITS
 from featherweight.lab.data import Batches, Data
 from featherweight.lab.data import load as load_data
 from featherweight.lab.data.seeding import derive_seed
@@ -39,16 +42,35 @@ def make_model(recipe: Recipe, data: Data, seed: int) -> nn.Module:
     Raises:
         BadInput: the model can't be built as the recipe says.
     """
+    drawn = derive_seed(seed, "initialisation")
     try:
-        return build_model(
+        model = build_model(
             recipe.model.name,
             classes=data.classes,
             shape=data.shape,
-            seed=derive_seed(seed, "initialisation"),
+            seed=drawn,
             **recipe.model.options,
         )
+        if recipe.model.init is not None:
+            start, example = (
+                INITS[recipe.model.init].method,
+                {"example": torch.zeros(2, *data.shape)},
+            )
+            takes_example = "example" in signature(start).parameters
+            options = recipe.model.init_options | (example if takes_example else {})
+            start(model, seed=drawn, **options)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:  # Runtime: no memory
         raise BadInput(f"model: {' '.join(str(error).split())}") from error
+    return model
+
+
+def _start(model: nn.Module, recipe: Recipe, data: Data, seed: int) -> None:
+    assert recipe.model.init is not None
+    start = INITS[recipe.model.init].method
+    options = dict(recipe.model.init_options)
+    if "example" in signature(start).parameters:
+        options["example"] = torch.zeros(2, *data.shape)
+    start(model, seed=seed, **options)
 
 
 def make_batches(

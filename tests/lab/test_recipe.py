@@ -26,6 +26,8 @@ EVERY_KEY = {
     "data.split_seed": 3,
     "model.name": "package.module:function",
     "model.options": {"width": 5, "text": "1e-4", "rates": [1e-4, 1.5e300], "on": "on", "x": None},
+    "model.init": "risotto",
+    "model.init_options": {"alpha": 0.5},
     "sparse.method": "lrr",
     "sparse.density": 0.1,
     "sparse.levels": 0,
@@ -53,10 +55,12 @@ EVERY_KEY = {
     "sparse.exclude": ["conv1.*", "fc?"],
     "fit.length": "7it",
     "fit.batch_size": 3,
-    "fit.optimizer": "adamw",
+    "fit.optimizer": "ham-adamw",
+    "fit.options": {"alpha": 2.0},
     "fit.learning_rate": 1e-4,
     "fit.momentum": 0.5,
     "fit.nesterov": True,
+    "fit.scalar_rate": 0.1,
     "fit.weight_decay": 1e-05,
     "fit.schedule": "step",
     "fit.warmup": "0ep",
@@ -93,7 +97,8 @@ def flat(tree: dict, prefix: str = "") -> dict:
         path = f"{prefix}{key}"
         result |= (
             flat(value, f"{path}.")
-            if isinstance(value, dict) and path not in ("model.options", "sparse.options")
+            if isinstance(value, dict)
+            and path not in ("model.options", "sparse.options", "fit.options", "model.init_options")
             else {path: value}
         )
     return result
@@ -447,7 +452,13 @@ class TestIdentity:
 
     @pytest.mark.parametrize("key", [k for k in EVERY_KEY if k not in identity_module.NEUTRAL])
     def test_every_other_field_matters(self, key):
-        base = [("sparse.method", "imp")]  # a method that has options
+        # A method, an optimizer and an initialisation that have options
+        base = [
+            ("model.init", "skipinit" if key == "model.init" else "risotto"),
+            ("sparse.method", "imp"),
+            ("fit.optimizer", "ham-sgd"),
+            ("fit.options", {"alpha": 1.0}),
+        ]
         changed = build({}, [*base, (key, EVERY_KEY[key])])
         assert identity(changed) != identity(build({}, base))
 

@@ -147,6 +147,33 @@ METHODS: dict[str, dict[str, object]] = {
         "sparse__options": {"interval": 3},
         "fit__optimizer": "sign-in",
     },
+    "rigl, ham-sgd": {
+        "sparse__method": "rigl",
+        "sparse__density": 0.3,
+        "sparse__options": {"interval": 3},
+        "fit__optimizer": "ham-sgd",
+        "fit__options": {"alpha": 5.0, "beta": 1e-3},
+    },
+    "lrr, ham-adamw": {
+        "sparse__method": "lrr",
+        "sparse__levels": 1,
+        "fit__optimizer": "ham-adamw",
+        "fit__options": {"alpha": 5.0},
+        "fit__learning_rate": 0.003,
+    },
+    "nanoadam": {
+        "fit__optimizer": "nanoadam",
+        "fit__options": {"density": 0.2, "mask_interval": 3, "min_size": 100},
+        "fit__learning_rate": 0.01,
+    },
+    "lrr, nanoadam, state carried": {
+        "sparse__method": "lrr",
+        "sparse__levels": 1,
+        "sparse__optimizer_state": "carry",
+        "fit__optimizer": "nanoadam",
+        "fit__options": {"mask_interval": 3, "skip_zeros": True, "min_size": 100},
+        "fit__learning_rate": 0.01,
+    },
     "convolutions, channels last, bf16": {
         "model__name": "resnet20",
         "model__options": {"width": 2},

@@ -6,8 +6,12 @@ the size run is printed as such.
 
 from featherweight.lab.claims import (  # noqa: F401  (register)
     cyclic_sculpt,
+    ham,
     masks_signs_lrr,
+    nanoadam,
+    nonzero_biases,
     random_pruning,
+    risotto,
     sign_in,
 )
 from featherweight.lab.claims.claim import CLAIMS, Claim, Outcome

@@ -29,7 +29,7 @@ from featherweight.optim import NanoAdam, groups
 from featherweight.optim.analysis import state_bytes
 
 SEEDS, EPOCHS, BATCH, HELD_OUT = (0, 1, 2), 3, 64, 500
-RATES = {"AdamW": (3e-4, 1e-3, 3e-3), "NanoAdam": (1e-3, 3e-3, 1e-2, 3e-2)}
+RATES = {"AdamW": (1e-3, 3e-3, 1e-2, 3e-2), "NanoAdam": (3e-3, 1e-2, 3e-2, 1e-1)}
 
 
 def main() -> None:

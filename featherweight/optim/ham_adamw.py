@@ -25,7 +25,7 @@ from featherweight.optim.hyperbolic import rates
 from featherweight.optim.native import Fused, Native, laid_like, unhooked
 from featherweight.optim.registry import OPTIMIZERS
 
-SEGMENT = 1 << 18  # entries a thread takes at a time; a multiple of the kernel's blocks
+SEGMENT = 1 << 20  # entries a thread takes at a time; a multiple of the kernel's blocks
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 

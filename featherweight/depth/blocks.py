@@ -19,7 +19,7 @@ from featherweight.depth.routers import ROUTERS, Sight
 from featherweight.depth.rows import as_mask, choose_tokens, kept_tokens, put_rows, take_rows
 
 MASKS = ("attention_mask", "attn_mask", "mask")
-CACHES = ("past_key_values", "past_key_value")
+CACHES = ("cache", "past_key_values", "past_key_value")  # as transformers has called it
 
 
 @dataclass(frozen=True)

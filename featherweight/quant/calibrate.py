@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from featherweight.quant.decoder import Block, Decoder, read_decoder
 
 _TOKENS = 2048  # tokens in a forward pass
+CACHES = ("cache", "past_key_values")  # what transformers calls it, since 5.24 and before
 
 
 class _Reached(Exception):
@@ -101,7 +102,8 @@ def _record(
         named = dict(kwargs)
         hidden = args[0] if args else named.pop("hidden_states")
         inputs.append(hidden)
-        calls.append({**named, "past_key_values": None, "use_cache": False})
+        without = {name: None for name in CACHES if name in named}
+        calls.append({**named, **without, "use_cache": False})
         if module is stop:
             raise _Reached
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from math import sqrt
 from typing import Any
 
 from torch import Tensor, nn
 
+from featherweight.quant.calibrate import CACHES
 from featherweight.quant.hadamard import hadamard_exists, hadamard_transform
 from featherweight.quant.hadamard import hadamard_matrix as _matrix
 
@@ -155,8 +157,10 @@ def _with_cache(rounding: Rounding, online: bool) -> Callable[..., Any]:
             return super().update(keys, rounding(value_states), layer_idx, *args, **kwargs)
 
     def give(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if kwargs.get("past_key_values") is None:
-            kwargs = {**kwargs, "past_key_values": RoundingCache(), "use_cache": True}
+        new, old = CACHES
+        name = new if new in signature(module.forward).parameters else old
+        if kwargs.get(name) is None:
+            kwargs = {**kwargs, name: RoundingCache(), "use_cache": True}
         return args, kwargs
 
     return give

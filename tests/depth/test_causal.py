@@ -1,5 +1,7 @@
 """Routed causal models: top k in training, the same with and without a cache in evaluation."""
 
+from inspect import signature
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -10,6 +12,8 @@ from tests.depth.factories import llama, qwen
 from tests.oracles import depth as oracle
 
 KINDS = {"llama": llama, "qwen": qwen}
+# transformers calls it cache from 5.24 on.
+CACHE = "cache" if "cache" in signature(llama().forward).parameters else "past_key_values"
 EVERY = pytest.mark.parametrize("kind", sorted(KINDS))
 AUXILIARY = pytest.mark.parametrize("auxiliary", ["router", "predictor"])
 
@@ -35,9 +39,9 @@ def test_cache_and_whole_sequence_agree(kind, auxiliary):
         assert any(len(set(c.tolist())) > 1 for c in counts)
         assert any(0 < int(c.min()) < 12 for c in counts)
         out = model(tokens[:, :5], use_cache=True)
-        logits, cache = [out.logits], out.past_key_values
+        logits, cache = [out.logits], out[CACHE]
         for t in range(5, 12):
-            out = model(tokens[:, t : t + 1], past_key_values=cache, use_cache=True)
+            out = model(tokens[:, t : t + 1], **{CACHE: cache}, use_cache=True)
             logits.append(out.logits)
     assert torch.allclose(torch.cat(logits, 1), whole, atol=1e-4)
     lengths = [layer.get_seq_length() for layer in cache.layers]
@@ -166,7 +170,7 @@ def test_top_k_can_not_continue_from_a_cache():
     out = model(tokens, use_cache=True)
     assert torch.isfinite(out.logits).all()
     with pytest.raises(ValueError, match="can't continue from a cache"):
-        model(tokens[:, :1], past_key_values=out.past_key_values, use_cache=True)
+        model(tokens[:, :1], **{CACHE: out[CACHE]}, use_cache=True)
 
 
 def test_caches_that_do_not_grow_are_refused():
@@ -175,12 +179,12 @@ def test_caches_that_do_not_grow_are_refused():
     model = depth.mod(llama(), 0.5, auxiliary="router", std=0.5).eval()
     cache = StaticCache(config=model.config, max_cache_len=32)
     with pytest.raises(ValueError, match="empty DynamicCache"):
-        model(ids(), past_key_values=cache, use_cache=True)
+        model(ids(), **{CACHE: cache}, use_cache=True)
 
 
 def test_cache_can_not_be_cropped_and_can_be_reset():
     model = depth.mod(llama(), 0.5, auxiliary="router", std=0.5).eval()
-    cache = model(ids(), use_cache=True).past_key_values
+    cache = model(ids(), use_cache=True)[CACHE]
     layer = cache.layers[1]
     with pytest.raises(ValueError, match="can't be cropped"):
         layer.crop(-1)

@@ -3,6 +3,7 @@
 ``python -m tests.optim.ranks FOLDER``: writes ``RANK.pt``.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -81,7 +82,9 @@ def main(rank: int, folder: str) -> None:
         if row.dtensor or how is replicated
     }
     torch.save(found, Path(folder) / f"{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # threads of gloo may abort an interpreter that is being torn down
 
 
 if __name__ == "__main__":

@@ -114,8 +114,9 @@ SCRIPT = """
             moment = optimizer.state[a]["exp_avg"].full_tensor()
             assert (moment[~masks[name]] == 0).all()
     dist.barrier()
-    print("rank", rank, "ok")
+    print("rank", rank, "ok", flush=True)
     dist.destroy_process_group()
+    os._exit(0)  # threads of gloo may abort an interpreter that is being torn down
 """
 
 

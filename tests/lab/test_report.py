@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -129,9 +127,6 @@ def run(tmp_path: Path) -> Path:
     return make_run(tmp_path / "runs")
 
 
-# --- reading ---------------------------------------------------------------------------------
-
-
 def test_runs_are_found_by_identity_seed_or_any_folder_above(run: Path, tmp_path: Path) -> None:
     make_run(tmp_path / "runs" / "deeper", "zzz", name="imp")
     assert [found.name for found in collect([run])] == ["lrr"]
@@ -232,9 +227,6 @@ def test_equal_recipes_in_two_places_are_told_apart_by_place(tmp_path: Path) -> 
     assert str(tmp_path / "a") in first.name
 
 
-# --- reducing --------------------------------------------------------------------------------
-
-
 def test_rows_are_means_over_seeds(run: Path) -> None:
     rows = summarise(collect([run]))
     assert [row.level for row in rows] == [0, 1, 2]
@@ -300,46 +292,9 @@ def test_the_warm_up_is_in_the_table_but_in_no_picture(run: Path) -> None:
     assert accuracy_against_density(found).x == (1.0, 0.5, 0.25)
     assert sign_flips(found, "start").x == (0, 1, 2)
 
+    # --- writing numbers -------------------------------------------------------------------------
 
-# --- writing numbers -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("value", "words"),
-    [
-        (1.0, "1.00"),
-        (0.015625, "0.0156"),
-        (0.00001234, "0.0000123"),
-        (0.99999, "1.00"),
-        (9.999, "10.0"),
-        (123.4, "123"),
-        (123456.0, "123,000"),
-        (0, "0"),
-        (None, "–"),
-        (float("nan"), "–"),
-    ],
-)
-def test_three_digits(value: float | None, words: str) -> None:
-    assert text.three(value) == words
-
-
-def test_other_numbers() -> None:
-    assert text.percent(0.97349) == "97.3 %"
-    assert text.accuracy(0.97349, 0.004, 3) == "97.3 ± 0.4 % (3)"
-    assert text.accuracy(0.97349, None, 1) == "97.3 % (1)"
-    assert text.count(266610) == "266,610"
-    assert [text.scaled(n, "B") for n in (17, 999, 1000, 41_000_000)] == [
-        "17 B",
-        "999 B",
-        "1.00 kB",
-        "41.0 MB",
-    ]
-    assert text.scaled(999_700) == "1.00 M"
-    assert text.milliseconds(0.00312) == "3.12 ms"
     assert [text.duration(s) for s in (42, 185, 7800)] == ["42.0 s", "3 min 05 s", "2 h 10 min"]
-
-
-# --- writing files ---------------------------------------------------------------------------
 
 
 class Page(HTMLParser):
@@ -537,8 +492,3 @@ def test_the_console_table(run: Path) -> None:
     assert "dense [bold]" in shown
     assert shown.count("lrr") == 1  # named at its first level only
     assert "27.2 %" in shown  # (2 * 250 + 60) / 2060 operations
-
-
-def test_matplotlib_is_imported_only_when_writing() -> None:
-    code = "import sys, featherweight.lab.report; sys.exit('matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

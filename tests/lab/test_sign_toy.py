@@ -8,6 +8,7 @@ import torch
 from scipy.integrate import solve_ivp
 
 from featherweight.lab import neuron, sign_toy
+from featherweight.lab.sign_toy import mirror, unmirror
 from featherweight.sparse.reparam import split
 
 PAIRS = [(1.0, 1.0), (1.0, 0.5), (2.0, 0.1), (0.5, 1.0)]
@@ -118,9 +119,9 @@ def test_the_table_repeats_by_seed():
 
 def test_mirror_map_and_its_inverse():
     theta = torch.tensor([-3.0, 0.0, 1e-9, 0.4], dtype=torch.float64)
-    torch.testing.assert_close(sign_toy.unmirror(sign_toy.mirror(theta, 0.7), 0.7), theta)
+    torch.testing.assert_close(unmirror(mirror(theta, 0.7), 0.7), theta)
     theta.requires_grad_()
-    sign_toy.mirror(theta, 0.7).sum().backward()
+    mirror(theta, 0.7).sum().backward()
     torch.testing.assert_close(1 / theta.grad, sign_toy.metric(theta.detach(), 0.7))
 
 

@@ -469,34 +469,3 @@ def test_an_optimizer_with_an_alpha_of_its_own_keeps_it():
     ham = optim.ham(torch.optim.RMSprop([weight], 0.01, alpha=0.8), 5.0)
     assert ham.param_groups[0]["alpha"] == 0.8
     assert fed(ham, weight, torch.ones(1, 2)).isfinite().all()
-
-
-def test_the_checkpoints_of_wrapped_native_and_plain_form_are_interchangeable():
-    gradients, start = torch.randn(6, 30), torch.randn(30)
-
-    def at_three(make):
-        weight = nn.Parameter(start.clone())
-        optimizer = make(weight)
-        return fed(optimizer, weight, gradients[:3]), optimizer.state_dict()
-
-    makers = {
-        "wrapped": lambda w: wrapped(torch.optim.AdamW, [w], 0.01, 9.0, 0.1, fused=True),
-        "native": lambda w: native(
-            torch.optim.AdamW, [w], 0.01, 9.0, 0.1, fused=True, backend="torch"
-        ),
-    }
-    ends = []
-    for source in makers.values():
-        for target in makers.values():
-            middle, state = at_three(source)
-            weight = nn.Parameter(middle.clone())
-            optimizer = target(weight)
-            optimizer.load_state_dict(state)
-            ends.append(fed(optimizer, weight, gradients[3:]))
-    assert all(torch.equal(end, ends[0]) for end in ends)
-    _, plain = at_three(lambda w: torch.optim.AdamW([w], 0.02))
-    for make in makers.values():
-        optimizer = make(nn.Parameter(start.clone()))
-        optimizer.load_state_dict(plain)
-        assert optimizer.param_groups[0]["ham_alpha"] == 9.0
-        assert optimizer.param_groups[0]["lr"] == 0.02

@@ -10,6 +10,7 @@ from torch import nn
 
 from featherweight import optim
 from featherweight.optim import implicit_bias
+from featherweight.optim.implicit_bias import inverse_mirror, mirror
 
 TABLE = {  # alpha: L1, L2, distance to the sparse truth; a dual solver of its own found them
     0.0: (9.062, 1.928, 2.129),
@@ -126,7 +127,7 @@ def test_what_gradient_flow_cannot_see_is_conserved(problem):
     for rate, steps in ((2e-3, 500), (1e-3, 1000)):
         path = implicit_bias.trajectory(slope, start, lr=rate, alpha=3.0)
         *_, end = islice(path, steps)
-        moved = implicit_bias.mirror(end, 3.0) - implicit_bias.mirror(start, 3.0)
+        moved = mirror(end, 3.0) - mirror(start, 3.0)
         drifts.append(((projector @ moved).norm() / moved.norm()).item())
     assert drifts[1] < 2e-3
     assert 1.8 < drifts[0] / drifts[1] < 2.2
@@ -174,15 +175,11 @@ def test_potential_mirror_and_penalty_are_what_they_say(alpha):
     theta = torch.tensor([0.0, 1e-7, -1e-3, 0.2, -3.0, 40.0], dtype=torch.float64)
     theta.requires_grad_()
     (slope,) = torch.autograd.grad(implicit_bias.potential(theta.clone(), alpha), theta)
-    torch.testing.assert_close(slope, implicit_bias.mirror(theta, alpha), rtol=1e-9, atol=1e-15)
+    torch.testing.assert_close(slope, mirror(theta, alpha), rtol=1e-9, atol=1e-15)
     (pull,) = torch.autograd.grad(implicit_bias.fair_penalty(theta.clone(), alpha), theta)
     torch.testing.assert_close(pull, theta / (1 + alpha * theta.abs()), rtol=1e-9, atol=1e-15)
-    torch.testing.assert_close(
-        implicit_bias.inverse_mirror(implicit_bias.mirror(theta, alpha), alpha), theta
-    )
-    curvature = torch.autograd.functional.jacobian(
-        lambda t: implicit_bias.mirror(t, alpha), theta
-    ).diagonal()
+    torch.testing.assert_close(inverse_mirror(mirror(theta, alpha), alpha), theta)
+    curvature = torch.autograd.functional.jacobian(lambda t: mirror(t, alpha), theta).diagonal()
     expected = 1 / (1 + alpha * theta.abs())
     torch.testing.assert_close(curvature[1:], expected[1:], rtol=1e-9, atol=0)
 

@@ -10,25 +10,33 @@ import torch
 from torch import Tensor
 
 from featherweight.optim.nanoadam import NanoAdam
+from featherweight.optim.release import Release
+
+REFRESH = 4  # a refresh of the mask frees about so many times the gradient's memory
 
 
 class DuringBackward:
     """Updates in force; made by `update_during_backward`; a context manager that removes itself."""
 
     def __init__(self, optimizer: NanoAdam) -> None:
+        release = Release()
         self._handles = [
-            parameter.register_post_accumulate_grad_hook(self._hook(optimizer, number))
+            parameter.register_post_accumulate_grad_hook(self._hook(optimizer, number, release))
             for number, group in enumerate(optimizer.param_groups)
             for parameter in group["params"]
             if parameter.requires_grad
         ]
 
     @staticmethod
-    def _hook(optimizer: NanoAdam, number: int) -> Callable[[Tensor], None]:
+    def _hook(optimizer: NanoAdam, number: int, release: Release) -> Callable[[Tensor], None]:
         def update(parameter: Tensor) -> None:
+            before = optimizer.state[parameter].get("index")
             # by number, since loading a state dict replaces the groups
             optimizer.update(optimizer.param_groups[number], [parameter])
             parameter.grad = None
+            if parameter.device.type == "cpu":
+                refreshed = optimizer.state[parameter].get("index") is not before
+                release.freed(parameter.nbytes * (1 + REFRESH * refreshed))
 
         return update
 

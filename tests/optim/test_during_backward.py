@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from featherweight.optim.during_backward import update_during_backward
+from featherweight.optim import release
+from featherweight.optim.during_backward import REFRESH, update_during_backward
 from featherweight.optim.nanoadam import NanoAdam
 
 
@@ -111,3 +112,27 @@ def test_frozen_parameters_are_left_alone():
     model[0].requires_grad_(False)
     update_during_backward(nano(model))
     loss(model, 0).backward()
+
+
+def test_freed_memory_is_given_back_whenever_there_is_much(monkeypatch):
+    calls = []
+    monkeypatch.setattr(release, "_trim", lambda: calls.append)
+    counter = release.Release(limit=100)
+    counter.freed(60)
+    assert calls == []
+    counter.freed(40)
+    assert calls == [0]
+    counter.freed(99)
+    assert calls == [0]
+
+
+def test_a_refresh_counts_its_temporaries(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(release.Release, "freed", lambda self, size: sizes.append(size))
+    layer = nn.Linear(128, 128, bias=False)
+    optimizer = NanoAdam(layer.parameters(), 1e-3, density=0.1, mask_interval=2)
+    update_during_backward(optimizer)
+    for _ in range(3):
+        layer(torch.ones(2, 128)).sum().backward()
+    gradient = 4 * 128 * 128
+    assert sizes == [gradient * (1 + REFRESH), gradient, gradient * (1 + REFRESH)]

@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: where real data and weights lie, and small models."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,14 @@ def shared_data() -> Path:
 def shared_weights() -> Path:
     """Folder with cifar10-resnet/; the test is skipped where there is none."""
     return _folder("FEATHERWEIGHT_WEIGHTS", ROOT.parent / "shared" / "weights")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _costs(tmp_path_factory) -> Iterator[None]:
+    """Keep what layers cost on this machine out of the user's cache directory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEATHERWEIGHT_COSTS", str(tmp_path_factory.mktemp("costs") / "costs.json"))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,29 @@ from featherweight.sparse.criteria import CRITERIA, score
 from featherweight.sparse.curvature import Hessian, hessian_trace, largest_eigenvalue
 from featherweight.sparse.density import DENSITIES, allocate, kept_counts
 from featherweight.sparse.dynamic import DYNAMIC, Evolving, granet, mest_em, mest_ems, rigl, set
+from featherweight.sparse.execute import (
+    ChwnBatchNorm2d,
+    Footprint,
+    Gain,
+    SparseConv2d,
+    SparseLayer,
+    SparseLinear,
+    Sparsely,
+    SparsePattern,
+    backends,
+    dense_gradients,
+    footprint,
+    load_optimizer_state,
+    machine_gains,
+    optimizer_state,
+    patterns,
+    precision_error,
+    sparse_linear,
+    sparsely,
+    to_dense,
+    to_sparse,
+    update_pattern,
+)
 from featherweight.sparse.flow import Health, Repair, health, on_path, repair
 from featherweight.sparse.gradual import acdc, gmp, gmp_recoverable
 from featherweight.sparse.hold import Hold, hold
@@ -109,6 +132,28 @@ __all__ = [
     "edge_popup",  # frozen weights, trained scores
     "parameter_groups",  # what an optimizer trains under a form
     "fold",  # back to a plain model
+    # truly sparse layers: less time and memory
+    "to_sparse",  # masked layers become sparse ones
+    "to_dense",  # and dense again, bit for bit
+    "sparsely",  # train in the sparse form, with any loop or dynamic method
+    "Sparsely",
+    "update_pattern",  # kept entries keep value and optimizer state
+    "dense_gradients",  # for growth by gradient
+    "patterns",  # what a sparse model keeps, as masks
+    "optimizer_state",  # as the dense form would have it, for checkpoints
+    "load_optimizer_state",
+    "backends",  # how each layer is computed
+    "footprint",  # bytes that training holds
+    "Footprint",
+    "machine_gains",  # measured on this machine
+    "Gain",
+    "precision_error",
+    "SparsePattern",
+    "SparseLayer",
+    "SparseLinear",
+    "SparseConv2d",
+    "sparse_linear",
+    "ChwnBatchNorm2d",
     # experiments
     "couple_",  # signs and magnitudes of another run
     "perturb_signs_",

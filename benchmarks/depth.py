@@ -16,23 +16,30 @@ from featherweight import depth
 from featherweight.lab.models.vit import Vit
 
 
+class Case(NamedTuple):
+    """Side of the image, batch, whether it trains, and rounds: fewer where one takes a minute."""
+
+    side: int
+    batch: int
+    training: bool
+    rounds: int
+
+
 class Size(NamedTuple):
-    """What is measured: the model, and side of the image, batch and mode of each case."""
+    """The model, and what is measured of it."""
 
     width: int
     layers: int
     heads: int
-    cases: tuple[tuple[int, int, bool], ...]
-    rounds: int
+    cases: tuple[Case, ...]
 
 
 FULL = Size(
     384, 12, 6,
-    ((224, 8, False), (224, 32, False), (448, 8, False), (448, 32, False), (224, 8, True),
-     (448, 8, True)),
-    5,
+    (Case(224, 8, False, 5), Case(224, 32, False, 5), Case(448, 8, False, 3),
+     Case(448, 32, False, 2), Case(224, 8, True, 5), Case(448, 8, True, 2)),
 )  # fmt: skip
-QUICK = Size(96, 4, 3, ((64, 2, False), (64, 2, True)), 2)
+QUICK = Size(96, 4, 3, (Case(64, 2, False, 2), Case(64, 2, True, 2)))
 CAPACITIES = (0.5, 0.125)
 PATCH = 16
 HEAD = "| tokens | batch | mode | model | FLOP ratio | time ratio | ideal / measured |"
@@ -41,24 +48,25 @@ HEAD = "| tokens | batch | mode | model | FLOP ratio | time ratio | ideal / meas
 def measure(size: Size | None = None) -> str:
     size = size or (QUICK if "--quick" in sys.argv else FULL)
     rows = [HEAD, "|---|---|---|---|---|---|---|"]
-    for side, batch, training in size.cases:
-        rows += _case(size, side, batch, training)
+    for case in size.cases:
+        rows += _case(size, case)
     return "\n".join(rows)
 
 
-def _case(size: Size, side: int, batch: int, training: bool) -> list[str]:
+def _case(size: Size, case: Case) -> list[str]:
+    side, batch = case.side, case.batch
     torch.manual_seed(0)
     dense = Vit(1000, (3, side, side), PATCH, size.width, size.layers, size.heads)
     tokens = (side // PATCH) ** 2 + 1
     models = {"dense": dense, **_routed(dense, tokens)}
     images, labels = torch.randn(batch, 3, side, side), torch.randint(0, 1000, (batch,))
-    step = _training if training else _inference
-    times = alternate({n: step(m, images, labels) for n, m in models.items()}, size.rounds)
+    step = _training if case.training else _inference
+    times = alternate({n: step(m, images, labels) for n, m in models.items()}, case.rounds)
     base = depth.flops(dense, tokens).total
     rows = []
     for name, ratio in ratios(times, "dense").items():
         ideal = depth.flops(models[name], tokens).total / base
-        mode = "training" if training else "inference"
+        mode = "training" if case.training else "inference"
         rows.append(
             f"| {tokens} | {batch} | {mode} | {name} | {ideal:.3f} | {ratio:.3f} "
             f"| {ideal / ratio:.2f} |"

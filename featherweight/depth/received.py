@@ -21,8 +21,9 @@ from torch.nn import functional as F
 from featherweight.common import Registry
 
 Attended = tuple[Tensor, Tensor, "Tensor | None"]  # output, column means, map where it exists
-STRIPE = 128  # queries at a time: their maps stay in cache
-SHORT = 256  # tokens up to which the whole map is cheapest
+STRIPE = 192  # queries at a time
+SHORT = 256  # tokens up to which the whole map is cheapest on a GPU
+CACHED = 2**19  # entries of a map that stay in a CPU core's cache
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,10 @@ class Attention:
         """Return the attention map [B, H, n, N] of some queries, before dropout."""
         query = self.query if rows is None else self.query[:, :, rows]
         logits = (query * self.scale) @ self.key.transpose(-2, -1)
-        return (
-            (logits + self._bias(rows)).softmax(-1) if self.mask is not None else logits.softmax(-1)
-        )
+        logits = logits if self.mask is None else logits + self._bias(rows)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return logits.softmax(-1)
+        return torch.softmax(logits, -1, out=logits)  # half of the memory, which stays in cache
 
     def _bias(self, rows: Tensor | slice | None) -> Tensor:
         mask = self.mask
@@ -71,6 +73,20 @@ class Attention:
             return mask
         zeros = torch.zeros((), dtype=self.query.dtype, device=mask.device)
         return torch.where(mask, zeros, torch.finfo(self.query.dtype).min)
+
+    def samples(self) -> list[Attention]:
+        """Return the call as it is, or sample by sample where its map would leave a CPU's cache."""
+        batch, heads, tokens, _ = self.query.shape
+        small = batch * heads * tokens**2 <= CACHED or self.query.device.type != "cpu"
+        if small or torch.compiler.is_compiling():  # a graph would hold every sample
+            return [self]
+        return [self._sample(slice(b, b + 1)) for b in range(batch)]
+
+    def _sample(self, one: slice) -> Attention:
+        mask = self.mask if self.mask is None or len(self.mask) == 1 else self.mask[one]
+        valid = self.valid if self.valid is None or len(self.valid) == 1 else self.valid[one]
+        parts = self.query[one], self.key[one], self.value[one]
+        return Attention(*parts, mask, self.scale, self.dropout, self.rows, valid)
 
     def share(self) -> Tensor | None:
         """Return the weight [B, N] of each query in the mean, or None if all count alike."""
@@ -104,14 +120,23 @@ def eager(call: Attention) -> Attended:
 
 @SOURCES.register("striped", "output and column means stripe by stripe; exact")
 def striped(call: Attention) -> Attended:
-    """Form the map a stripe of queries at a time, and use each stripe for both."""
-    outputs, means = [], torch.zeros((), device=call.query.device)
-    for rows in _stripes(call.query.shape[2]):
-        attention = call.map(rows)
-        means = means + call.column_means(attention.detach(), rows)
-        dropped = F.dropout(attention, call.dropout) if call.dropout else attention
-        outputs.append(dropped @ call.value)
-    return torch.cat(outputs, 2), means, None
+    """Form the map a stripe of queries at a time, and use each stripe for both.
+
+    On a CPU also one sample at a time, so that a stripe stays in cache from one product to the
+    other.
+    """
+    tokens_first = call.value.transpose(1, 2)  # as fused attention lays its output out
+    output = torch.empty_like(tokens_first, memory_format=torch.contiguous_format).transpose(1, 2)
+    means = []
+    for one, part in zip(_places(call), call.samples(), strict=True):
+        total = torch.zeros((), device=call.query.device)
+        for rows in _stripes(call.query.shape[2]):
+            attention = part.map(rows)
+            total = total + part.column_means(attention.detach(), rows)
+            dropped = F.dropout(attention, call.dropout) if call.dropout else attention
+            output[one, :, rows] = dropped @ part.value
+        means.append(total)
+    return output, torch.cat(means), None
 
 
 @SOURCES.register("second-pass", "fused attention, then the map again in stripes; exact")
@@ -121,10 +146,21 @@ def second_pass(call: Attention) -> Attended:
     In training this keeps the memory of fused attention: nothing of the map is saved.
     """
     with torch.no_grad():
-        means = torch.zeros((), device=call.query.device)
-        for rows in _stripes(call.query.shape[2]):
-            means = means + call.column_means(call.map(rows), rows)
-    return call.fused(), means, None
+        means = [_means_in_stripes(part) for part in call.samples()]
+    return call.fused(), torch.cat(means), None
+
+
+def _means_in_stripes(call: Attention) -> Tensor:
+    means = torch.zeros((), device=call.query.device)
+    for rows in _stripes(call.query.shape[2]):
+        means = means + call.column_means(call.map(rows), rows)
+    return means
+
+
+def _places(call: Attention) -> list[slice]:
+    """Return where in the batch the parts of `Attention.samples` are."""
+    count = len(call.samples())
+    return [slice(None)] if count == 1 else [slice(b, b + 1) for b in range(count)]
 
 
 @SOURCES.register("logsumexp", "as second-pass, with the row sums of torch's CPU kernel; exact")
@@ -139,12 +175,17 @@ def logsumexp(call: Attention) -> Attended:
     operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     output, rows_sum = operator(call.query, call.key, call.value, scale=call.scale)
     with torch.no_grad():
-        means = torch.zeros((), device=call.query.device)
-        for rows in _stripes(call.query.shape[2]):
-            logits = call.query[:, :, rows] @ call.key.transpose(-2, -1) * call.scale
-            attention = (logits - rows_sum[:, :, rows, None]).exp()
-            means = means + call.column_means(attention, rows)
-    return output, means, None
+        parts = zip(_places(call), call.samples(), strict=True)
+        means = [_means_given_sums(part, rows_sum[one, :, :, None]) for one, part in parts]
+    return output, torch.cat(means), None
+
+
+def _means_given_sums(call: Attention, rows_sum: Tensor) -> Tensor:
+    means = torch.zeros((), device=call.query.device)
+    for rows in _stripes(call.query.shape[2]):
+        logits = call.query[:, :, rows] @ call.key.transpose(-2, -1) * call.scale
+        means = means + call.column_means((logits - rows_sum[:, :, rows]).exp(), rows)
+    return means
 
 
 def _has_logsumexp(call: Attention) -> bool:
@@ -155,9 +196,15 @@ def _has_logsumexp(call: Attention) -> bool:
 
 @SOURCES.register("auto", "the cheapest exact source for the length, the device and the mode")
 def auto(call: Attention) -> Attended:
-    """Choose: with gradients `second_pass`; else `eager` up to 256 tokens, `striped` beyond."""
+    """Choose by what was measured: ``python -m benchmarks depth`` measures the whole model.
+
+    With gradients `second_pass`. Else `striped` where the map is too large for a CPU's cache or, on
+    another device, has more than 256 tokens; and `eager`.
+    """
     if torch.is_grad_enabled() and call.query.requires_grad:
         return second_pass(call)
+    if len(call.samples()) > 1:
+        return striped(call)
     return eager(call) if call.query.shape[2] <= SHORT else striped(call)
 
 

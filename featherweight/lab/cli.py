@@ -248,6 +248,33 @@ class Quantize:
 
 
 @dataclass(frozen=True)
+class Federate:
+    """Simulate federated training of recipes; after any interruption the same command goes on.
+
+    Example: featherweight federate federated-digits algorithm.name=fedavg,fedadam --report
+    """
+
+    recipes: Annotated[Positional[tuple[str, ...]], arg(metavar="RECIPE ... [KEY=VALUE ...]")]
+    """Shipped names or YAML files, and overrides for all; a value with commas is a sweep."""
+    out: Annotated[Path, arg(metavar="FOLDER")] = Path("runs")
+    """Folder of all runs."""
+    jobs: Jobs = 1
+    """Runs at a time, in processes of their own."""
+    report: Annotated[bool, arg(name="report")] = False
+    """Write a report of these runs to FOLDER/report."""
+
+    def execute(self) -> None:
+        """Do the runs and print their table."""
+        from rich.console import Console
+
+        from featherweight.lab.federate import federate, show
+
+        console = Console(width=None if sys.stdout.isatty() else 120)
+        done = federate(self.recipes, self.out, self.jobs, console)
+        show(done, self.out / "report" if self.report else None, console)
+
+
+@dataclass(frozen=True)
 class Doctor:
     """Examine this machine: torch build, threads, devices, and which speed-ups to expect, measured.
 
@@ -299,6 +326,7 @@ Command = (
     | Annotated[Report, subcommand("report")]
     | Annotated[Claims, subcommand("claims")]
     | Annotated[Quantize, subcommand("quantize")]
+    | Annotated[Federate, subcommand("federate")]
     | Annotated[Inspect, subcommand("inspect")]
     | Annotated[Doctor, subcommand("doctor")]
 )
@@ -314,19 +342,19 @@ def _show_report(runs: list[Path], out: Path, console: object, *, write: bool) -
         if write:
             written = report.write(runs, out)
             console.print(report.table(written.rows))
-            _print_matched(written.matched, console)
+            _print_lines([*written.matched, *written.executed], console)
             console.print(f"report: {written.html}", highlight=False, soft_wrap=True)
         else:
             found = report.collect(runs)
             console.print(report.table(report.summarise(found)))
-            _print_matched(report.matched(found), console)
+            _print_lines([*report.matched(found), *report.executed(found)], console)
     except ValueError as error:
         raise BadInput(str(error)) from None
     except OSError as error:
         raise BadInput(f"cannot write {out}: {error.strerror}") from None
 
 
-def _print_matched(lines: Sequence[object], console: object) -> None:
+def _print_lines(lines: Sequence[object], console: object) -> None:
     from rich.console import Console
 
     assert isinstance(console, Console)
@@ -377,7 +405,7 @@ def _leave_ranks() -> None:
 
 def _positionals_first(words: list[str]) -> list[str]:
     """Let overrides stand anywhere: ``run RECIPE --jobs 2 key=value`` is no mistake."""
-    if words[:1] not in (["run"], ["inspect"]):
+    if words[:1] not in (["run"], ["inspect"], ["federate"]):
         return words
     positionals: list[str] = []
     options: list[str] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from featherweight.common import PRUNABLE_MODULES, atomic_path, cpu_state, unwrap
+from featherweight.depth import is_routed, to_dense
 from featherweight.sparse.masks import Masks
 from featherweight.sparse.packed import save_packed
 
@@ -29,7 +31,7 @@ def flops(model: nn.Module, masks: Masks, image: Tensor) -> tuple[int, int]:
         image: [1, C, H, W].
 
     Returns:
-        Operations with masked weights skipped, and of the dense model.
+        Operations with masked weights and what routing leaves out skipped, and of the dense model.
     """
     net = unwrap(model)
     names = {id(p): n for n, p in net.named_parameters()}
@@ -48,19 +50,27 @@ def flops(model: nn.Module, masks: Masks, image: Tensor) -> tuple[int, int]:
     hooks = [
         m.register_forward_hook(count) for m in net.modules() if isinstance(m, PRUNABLE_MODULES)
     ]
-    modes = [(module, module.training) for module in net.modules()]
     try:
-        # The counter does not know the CPU's fused attention; as plain products it counts anywhere.
-        counter = FlopCounterMode(display=False)
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        total = _operations(net, image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    dense = _operations(to_dense(copy.deepcopy(net)), image) if is_routed(net) else total
+    return total - sum(skipped), dense
+
+
+@torch.no_grad()
+def _operations(net: nn.Module, image: Tensor) -> int:
+    modes = [(module, module.training) for module in net.modules()]
+    # The counter does not know the CPU's fused attention; as plain products it counts anywhere.
+    counter = FlopCounterMode(display=False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), counter:
             net.eval()(image)
     finally:
         for module, training in modes:
             module.training = training
-        for hook in hooks:
-            hook.remove()
-    dense = counter.get_total_flops()
-    return dense - sum(skipped), dense
+    return int(counter.get_total_flops())
 
 
 def measure(

@@ -199,25 +199,25 @@ def _accuracy_of(found: Comparison) -> str:
 
 
 def _advice_on_sparse(findings: Findings) -> str:
-    paying = [c for c in findings.comparisons if c.name == "csr" and _worthwhile(c)]
+    paying = [c for c in findings.comparisons if c.name == "sparse" and _worthwhile(c)]
     if not paying:
         return ""
     best = max(paying, key=lambda found: found.ratio)
     even = break_even(findings)
     where = "" if even is None else f", break-even near {100 * even:.0f} % zeros"
     return (
-        f"no recipe setting: {best.what} is {best.ratio:.1f}x faster than {best.against}{where}; "
-        "worth it for running a finished sparse network, masked training executes dense kernels"
+        f"execute=sparse: {best.what} is {best.ratio:.1f}x faster than {best.against}{where}; "
+        "execute=auto takes it layer by layer where it gains"
     )
 
 
 def break_even(findings: Findings) -> float | None:
-    """Estimate the sparsity from which CSR beats dense: time is taken as linear in the density.
+    """Estimate the sparsity from which sparse beats dense: time is taken as linear in density.
 
     Returns:
         A fraction in [0, 1]; None where fewer than two sparsities were measured or none would do.
     """
-    measured = [c for c in findings.comparisons if c.name == "csr" and c.sparsity is not None]
+    measured = [c for c in findings.comparisons if c.name == "sparse" and c.sparsity is not None]
     if len(measured) < 2:
         return None
     densities = [1 - (c.sparsity or 0.0) for c in measured]

@@ -29,7 +29,7 @@ def identity(recipe: Recipe) -> str:
 def distinctive(recipe: Recipe) -> dict[str, Any]:
     """Return the values that make a recipe what it is: dotted key to non-default value."""
     given, default = _flat(plain(recipe)), _flat(plain(Recipe()))
-    for key in ("sparse.masks_from", "sparse.couple.run"):
+    for key in ("sparse.masks_from", "sparse.couple.run", "depth.from_run"):
         if given[key] is not None:  # the other run's own name says all, wherever it lies
             given[key] = Path(given[key]).name
     neutral = [k for k in NEUTRAL if k != "data.path" or recipe.data.name not in PATH_IS_DATA]

@@ -1,12 +1,14 @@
-"""What `featherweight inspect` measures: how signals and gradients pass through a model."""
+"""What `featherweight inspect` measures: how signals pass through a model, and by which layers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
+from featherweight.depth import Settings, is_routed, picture, settings_of, to_dense, visited
 from featherweight.init import jacobian_spectrum, signal_report
 from featherweight.lab.errors import BadInput
 from featherweight.lab.models import MODELS
@@ -20,6 +22,9 @@ EXAMPLES = 2  # whose Jacobians are taken
 
 def inspect(name: str, overrides: Sequence[str], seed: int, out: Path) -> list[str]:
     """Measure a model on the first training images of its data, and draw what was found.
+
+    Of a model whose layers skip tokens, also which patches each layer visits; signals and Jacobian
+    are those of the dense model.
 
     Args:
         name: a model, or a recipe, whose model and data are taken.
@@ -40,9 +45,21 @@ def inspect(name: str, overrides: Sequence[str], seed: int, out: Path) -> list[s
     images = data.train.images[:IMAGES].double()
     images = images / 255 if data.train.images.dtype == torch.uint8 else images
     images = (images - mean) / std
+    visits = None
+    if is_routed(model):
+        if isinstance(settings_of(model), Settings):
+            visits = picture(model, images), _visits(model, images)
+        to_dense(model)
     signals = signal_report(model, images)
     spectrum = jacobian_spectrum(model, images[:EXAMPLES])
-    pictures = {"signals.png": signals.plot, "spectrum.png": spectrum.plot}
+    pictures: dict[str, Callable[[Path], object]] = {
+        "signals.png": signals.plot,
+        "spectrum.png": spectrum.plot,
+    }
+    told = [f"{signals}", f"{spectrum}"]
+    if visits is not None:
+        pictures["visited.png"] = visits[0].savefig
+        told.append(visits[1])
     try:
         out.mkdir(parents=True, exist_ok=True)
         for file, draw in pictures.items():
@@ -50,7 +67,12 @@ def inspect(name: str, overrides: Sequence[str], seed: int, out: Path) -> list[s
     except OSError as error:
         raise BadInput(f"cannot write {out}: {error.strerror}") from None
     written = ", ".join(str(out / file) for file in pictures)
-    return [f"{signals}", f"{spectrum}", f"pictures: {written}"]
+    return [*told, f"pictures: {written}"]
+
+
+def _visits(model: nn.Module, images: Tensor) -> str:
+    counts = visited(model, images)[:, 0].sum(-1).tolist()
+    return f"tokens visited, layer by layer: {', '.join(map(str, counts))}"
 
 
 def _recipe(name: str, overrides: Sequence[str]) -> Recipe:

@@ -110,6 +110,20 @@ class Formed:
             fold(self._model)
 
 
+class Resting:
+    """The masks of a level that is held by what executes it, see `execution.executed`."""
+
+    def __init__(self, masks: Masks) -> None:
+        self.masks = masks
+
+    def update(self, masks: Masks) -> None:
+        """Take the masks of the next level."""
+        self.masks = masks
+
+    def remove(self) -> None:
+        """There is nothing to let go."""
+
+
 def keep(
     recipe: Recipe,
     model: nn.Module,
@@ -135,7 +149,8 @@ def keep(
     """
     sparse = recipe.sparse
     if sparse.method not in DYNAMIC:
-        return hold(model, optimizer, masks)
+        resting = recipe.execute.form != "masked"
+        return Resting(masks) if resting else hold(model, optimizer, masks)
     given: dict[str, Any] = {
         "steps": steps,
         "include": sparse.include,

@@ -108,7 +108,7 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> list[Recipe]:
     tree.setdefault("name", name)
     return [
         build(tree, changes, origin=recipe)
-        for changes in itertools.product(*map(_values, overrides))
+        for changes in itertools.product(*map(_values, map(_whole, overrides)))
     ]
 
 
@@ -179,6 +179,11 @@ def _choices(hint: Any) -> str:
 
 
 _LEAVES = ("length",)
+
+
+def _whole(override: str) -> str:
+    """Write out ``execute=sparse``, which is short for the form of execution."""
+    return f"execute.form={override[8:]}" if override.startswith("execute=") else override
 
 
 def _values(override: str) -> list[tuple[str, Any]]:

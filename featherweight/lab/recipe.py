@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field
 
 from featherweight.common import Registry, unknown
+from featherweight.depth import ROUTERS, fewer_layers, route, tome
 from featherweight.init import INITS
 from featherweight.lab.data import DATA
 from featherweight.lab.duration import Duration, DurationField
@@ -99,6 +100,21 @@ def optimizer_options(name: str) -> list[str]:
     given = "params lr momentum weight_decay nesterov weights maximize foreach fused capturable"
     names = signature(OPTIMIZERS[name].method).parameters
     return [option for option in names if option not in (*given.split(), "state_dtype")]
+
+
+FEWER = "fewer-layers"
+ROUTED = [name for name, entry in ROUTERS.items() if "scores" not in entry.needs]
+"""What lets a layer process some of the tokens, and needs no scores from outside."""
+DEPTH_METHODS = ["dense", *ROUTED, "tome", FEWER]
+
+
+def depth_options(method: str) -> list[str]:
+    """Return the names that ``depth.options`` may hold for a method."""
+    if method == "dense":
+        return []
+    function = {"tome": tome, FEWER: fewer_layers}.get(method, route)
+    given = ["model", "seed"] + (["router", "capacity", "layers"] if method in ROUTED else [])
+    return [name for name in signature(function).parameters if name not in given]
 
 
 def _check_options(
@@ -305,6 +321,49 @@ class SparseRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DepthRecipe:
+    """Which layers of a transformer a token visits."""
+
+    __pydantic_config__ = STRICT
+
+    method: Annotated[
+        str,
+        _one_of("method", DEPTH_METHODS),
+        Field(
+            description="dense; a router, by which some layers process some of the tokens; tome, "
+            "which merges tokens; or fewer-layers, the dense model of as much computation"
+        ),
+    ] = "dense"
+    capacity: Annotated[
+        Fraction | list[Fraction],
+        Field(description="routers: fraction of the tokens processed; one, or one a routed layer"),
+    ] = 0.5
+    layers: Annotated[
+        Literal["alternate"] | list[Annotated[int, Field(ge=0)]],
+        Field(description="routers: routed layers, counted from 0; alternate: 1, 3, 5, ..."),
+    ] = "alternate"
+    options: Annotated[
+        dict[str, Any], Field(description="the method's own options, such as gate or merged")
+    ] = field(default_factory=dict)
+    from_run: Annotated[
+        str | None,
+        Field(
+            description="folder NAME-HASH of a finished dense run with the same seeds, whose "
+            "weights are converted; null: fresh weights"
+        ),
+    ] = None
+    auxiliary: Annotated[
+        NotNegative, Field(description="weight of MoD's auxiliary loss, where options ask for one")
+    ] = 0.01
+
+    def __post_init__(self) -> None:
+        """Refuse options that the method doesn't have, and fewer-layers without their number."""
+        _check_options("options", self.method, self.options, depth_options(self.method))
+        if self.method == FEWER and "layers" not in self.options:
+            raise ValueError("options: fewer-layers needs layers, their number")
+
+
+@dataclass(frozen=True, kw_only=True)
 class FitRecipe:
     """How weights are trained; the schedule restarts at every level."""
 
@@ -385,6 +444,13 @@ class ExecuteRecipe:
 
     __pydantic_config__ = STRICT
 
+    form: Annotated[
+        Literal["masked", "sparse", "auto"],
+        Field(
+            description="of pruned layers while they train: dense weights times masks; truly "
+            "sparse, on the CPU; or the faster of both. execute=sparse says the same"
+        ),
+    ] = "masked"
     device: Annotated[
         Literal["auto", "cpu", "cuda", "mps"], Field(description="auto: the fastest there is")
     ] = "auto"
@@ -418,6 +484,7 @@ class Recipe:
     data: DataRecipe = field(default_factory=DataRecipe)
     model: ModelRecipe = field(default_factory=ModelRecipe)
     sparse: SparseRecipe = field(default_factory=SparseRecipe)
+    depth: DepthRecipe = field(default_factory=DepthRecipe)
     fit: FitRecipe = field(default_factory=FitRecipe)
     execute: ExecuteRecipe = field(default_factory=ExecuteRecipe)
     seeds: Annotated[

@@ -24,11 +24,13 @@ from featherweight.lab import checkpoint
 from featherweight.lab.checkpoint import Checkpoint, Position
 from featherweight.lab.context import accelerator, locked
 from featherweight.lab.cost import measure
+from featherweight.lab.depth import restart_choices, with_auxiliary
 from featherweight.lab.duration import Duration
 from featherweight.lab.errors import BadInput, RunFailed
+from featherweight.lab.execution import executed, measured, refuse
 from featherweight.lab.fit import Diverged, Epoch, Loss, evaluate, train
 from featherweight.lab.identity import identity
-from featherweight.lab.keep import Formed, accompany, keep, put_form
+from featherweight.lab.keep import Formed, Resting, accompany, keep, put_form
 from featherweight.lab.logs import Logs, tensorboard
 from featherweight.lab.machine import environment
 from featherweight.lab.optimizer import make_optimizer
@@ -39,6 +41,7 @@ from featherweight.lab.setup import make_batches, make_model, read_data
 from featherweight.lab.stages import plan
 from featherweight.lab.start import ScoringBatches, couple, scoring_batches, start_masks
 from featherweight.sparse import FORMS, Evolving, Hold, Level, Masks, Resume
+from featherweight.sparse.execute import optimizer_state
 from featherweight.sparse.hold import _innermost
 
 
@@ -129,6 +132,7 @@ class _Run:
         self.saved = time.monotonic()
 
     def run(self) -> None:
+        refuse(self.recipe, self.accelerator)
         self.data = read_data(self.recipe)
         self.batches = make_batches(self.recipe, self.data, self.seed, self.accelerator)
         start = self._make_model()
@@ -145,7 +149,7 @@ class _Run:
         self.accelerator.wait_for_everyone()
         self.net, self.optimizer = self._prepare(optimizer)
         while True:
-            if isinstance(self.kept, Hold):
+            if isinstance(self.kept, (Hold, Resting)):
                 self.kept.update(level.masks)
             self._train(level, found.position if found else None)
             found = None
@@ -154,7 +158,7 @@ class _Run:
                 break
             level = following
         self.kept.remove()
-        self._finish(level)
+        self._finish()
 
     def _make_model(self) -> Masks:
         """Build the model on its device; return the masks that training never leaves."""
@@ -263,11 +267,13 @@ class _Run:
         per_epoch = len(self.batches["train"])
         plan = schedule(fit, self._length(level).steps(per_epoch), per_epoch)
         taken = position.steps if position else 0
+        restart_choices(self.model, taken)
+        loss = Loss(fit.label_smoothing, fit.distillation, fit.temperature, self._teacher(level))
         epochs = train(
             self.net,
             self.optimizer,
             self.batches["train"],
-            Loss(fit.label_smoothing, fit.distillation, fit.temperature, self._teacher(level)),
+            with_auxiliary(loss, self.recipe, self.model),
             plan,
             self.accelerator,
             clip=fit.clip,
@@ -276,8 +282,13 @@ class _Run:
             epochs_done=position.epochs if position else 0,
         )
         done = Position(level.index, 0, taken)
+        batch = torch.zeros(fit.batch_size, *self.data.shape)
+        record = self.directory / _stage(level) / "backends.json"
         try:
-            with accompany(self.recipe, self.model, self.optimizer, plan.steps, taken, per_epoch):
+            with (
+                accompany(self.recipe, self.model, self.optimizer, plan.steps, taken, per_epoch),
+                executed(self.recipe, self.model, self.optimizer, self.kept, batch, record),
+            ):
                 for epoch in epochs:
                     done = Position(level.index, epoch.epoch + 1, epoch.steps)
                     self._after_epoch(level, epoch, -(-plan.steps // per_epoch))
@@ -355,7 +366,7 @@ class _Run:
             Checkpoint(
                 position,
                 self.model.state_dict(),
-                _innermost(self.optimizer).state_dict(),
+                optimizer_state(self.model, _innermost(self.optimizer)),
                 self.kept.masks,
                 resume.rewind,
                 resume.generator_state,
@@ -373,7 +384,7 @@ class _Run:
         p = found.position
         return f"the last good checkpoint is level {p.level}, epoch {p.epochs}, in {self.directory}"
 
-    def _finish(self, level: Level) -> None:
+    def _finish(self) -> None:
         if not self.accelerator.is_main_process:
             return
         last = self.logs.read("levels")[-1]
@@ -383,6 +394,11 @@ class _Run:
             "density": last["density"],
             "seconds": sum(row["seconds"] for row in self.logs.read("timing")),
         }
+        found = measured(
+            self.recipe, self.accelerator, self.model, self.kept.masks, self.batches["train"]
+        )
+        if found is not None:
+            result["execution"] = found.row()
         tensorboard(self.logs, self.directory / "tensorboard")
         write_text(self.directory / "result.json", json.dumps(result, indent=1) + "\n")
         checkpoint.discard(self.directory / "checkpoints")

@@ -13,6 +13,7 @@ from featherweight.init import INITS
 from featherweight.lab.data import Batches, Data
 from featherweight.lab.data import load as load_data
 from featherweight.lab.data.seeding import derive_seed
+from featherweight.lab.depth import convert
 from featherweight.lab.errors import BadInput
 from featherweight.lab.models import build as build_model
 from featherweight.lab.recipe import Recipe
@@ -39,6 +40,8 @@ def read_data(recipe: Recipe) -> Data:
 def make_model(recipe: Recipe, data: Data, seed: int) -> nn.Module:
     """Build the recipe's model for the data, its weights drawn from the run's seed.
 
+    With `recipe.depth` the weights may come from another run, and layers skip tokens.
+
     Raises:
         BadInput: the model can't be built as the recipe says.
     """
@@ -61,16 +64,7 @@ def make_model(recipe: Recipe, data: Data, seed: int) -> nn.Module:
             start(model, seed=drawn, **options)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:  # Runtime: no memory
         raise BadInput(f"model: {' '.join(str(error).split())}") from error
-    return model
-
-
-def _start(model: nn.Module, recipe: Recipe, data: Data, seed: int) -> None:
-    assert recipe.model.init is not None
-    start = INITS[recipe.model.init].method
-    options = dict(recipe.model.init_options)
-    if "example" in signature(start).parameters:
-        options["example"] = torch.zeros(2, *data.shape)
-    start(model, seed=seed, **options)
+    return convert(recipe, model, data.classes, seed)
 
 
 def make_batches(

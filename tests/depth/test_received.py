@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from featherweight import depth
+from featherweight.depth import received
 from featherweight.depth.received import auto, eager, some_queries, striped
 from tests.oracles import depth as oracle
 
@@ -60,6 +61,35 @@ def test_a_float_mask_says_the_same_as_a_bool_one(source):
     ]
     assert torch.allclose(both[0][1], both[1][1], atol=1e-7)
     assert torch.allclose(both[0][0], both[1][0], atol=1e-6)
+
+
+@pytest.mark.parametrize("source", EXACT)
+def test_sample_by_sample_is_the_same(source, monkeypatch):
+    own = call(40)
+    allowed = torch.rand(2, 1, 40, 40, generator=torch.Generator().manual_seed(1)) > 0.3
+    allowed |= torch.eye(40, dtype=torch.bool)
+    valid = torch.arange(40) < torch.tensor([[40], [33]])
+    masked = depth.Attention(own.query, own.key, own.value, allowed, own.scale, valid=valid)
+    for whole in (own, masked):
+        with torch.no_grad():
+            expected, means, _ = eager(whole)
+            monkeypatch.setattr(received, "CACHED", 0)
+            assert len(whole.samples()) == 2
+            output, found, _ = depth.SOURCES[source].method(whole)
+        monkeypatch.undo()
+        assert torch.allclose(output, expected, atol=1e-6)
+        assert torch.allclose(found, means, atol=1e-7)
+
+
+def test_striped_attention_passes_gradients():
+    grads = []
+    for source in (eager, striped):
+        own = call(300)
+        parts = [part.requires_grad_() for part in (own.query, own.key, own.value)]
+        output, _, _ = source(own)
+        grads.append(torch.autograd.grad(output.square().sum(), parts))
+    for one, other in zip(*grads, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
 
 
 def test_uniform_attention_scores_all_alike():

@@ -34,9 +34,9 @@ def findings(*comparisons: Comparison) -> Findings:
     return Findings(MACHINE, comparisons)
 
 
-def csr(sparsity: float, seconds: float, dense: float = 1.0) -> Comparison:
+def layer(sparsity: float, seconds: float, dense: float = 1.0) -> Comparison:
     ratio = dense / seconds
-    return comparison("csr", ratio, sparsity=sparsity, seconds=seconds, against_seconds=dense)
+    return comparison("sparse", ratio, sparsity=sparsity, seconds=seconds, against_seconds=dense)
 
 
 def settings() -> tuple[object, ...]:
@@ -106,21 +106,21 @@ def test_every_setting_advised_exists_in_the_recipe() -> None:
 
 def test_break_even_is_where_the_straight_line_meets_dense() -> None:
     # time = 0.1 + 2 * density, dense 0.7: they meet at density 0.3.
-    line = [csr(s, 0.1 + 2 * (1 - s), dense=0.7) for s in (0.9, 0.95, 0.99)]
+    line = [layer(s, 0.1 + 2 * (1 - s), dense=0.7) for s in (0.9, 0.95, 0.99)]
     assert break_even(findings(*line)) == pytest.approx(0.7)
     assert "break-even near 70 % zeros" in advice(findings(*line))[-1]
 
 
 def test_no_break_even_without_data_or_without_a_win() -> None:
     assert break_even(findings()) is None
-    assert break_even(findings(csr(0.9, 0.2))) is None
-    slow = [csr(s, 3 + 2 * (1 - s), dense=0.7) for s in (0.9, 0.95, 0.99)]
+    assert break_even(findings(layer(0.9, 0.2))) is None
+    slow = [layer(s, 3 + 2 * (1 - s), dense=0.7) for s in (0.9, 0.95, 0.99)]
     assert break_even(findings(*slow)) is None
     assert advice(findings(*slow)) == []
 
 
-def test_break_even_of_csr_that_always_wins_is_zero() -> None:
-    fast = [csr(s, 0.1 + 0.2 * (1 - s), dense=0.7) for s in (0.9, 0.95, 0.99)]
+def test_break_even_of_sparse_layers_that_always_wins_is_zero() -> None:
+    fast = [layer(s, 0.1 + 0.2 * (1 - s), dense=0.7) for s in (0.9, 0.95, 0.99)]
     assert break_even(findings(*fast)) == 0.0
 
 
@@ -198,10 +198,10 @@ def test_a_kernel_that_is_missing_becomes_a_note(monkeypatch: pytest.MonkeyPatch
 
 def test_what_is_measured(measured: Findings) -> None:
     names = {found.name for found in measured.comparisons}
-    expected = {"matmul-medium", "matmul-bf16", "conv-channels-last", "conv-bf16", "csr"}
+    expected = {"matmul-medium", "matmul-bf16", "conv-channels-last", "conv-bf16", "sparse"}
     assert expected | {"adamw-fused"} <= names
     assert ("threads" in names) == (measured.machine.cores > 1)
-    sparsities = [found.sparsity for found in measured.comparisons if found.name == "csr"]
+    sparsities = [found.sparsity for found in measured.comparisons if found.name == "sparse"]
     assert sparsities == [0.9, 0.95, 0.99]
     for found in measured.comparisons:
         low, high = found.quartiles
@@ -219,11 +219,13 @@ def test_differences_are_those_of_the_number_formats(measured: Findings) -> None
     assert medium < 2e-2
 
 
-def test_the_csr_matrix_has_the_zeros_it_is_measured_for() -> None:
-    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
-    packed = speed._csr(weight, 0.9)
-    assert packed.values().numel() == round(64 * 64 * 0.1)
-    assert torch.equal(packed.to_dense()[packed.to_dense() != 0], weight[packed.to_dense() != 0])
+def test_the_sparse_layer_has_the_zeros_it_is_measured_for() -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight, inputs = (torch.randn(64, 64, generator=generator) for _ in range(2))
+    of_inputs, of_values = speed._sparse_step(inputs, weight, 0.9)()
+    kept = weight * (weight.abs() >= weight.abs().flatten().topk(410).values.min())
+    assert of_values.shape == (410,)
+    torch.testing.assert_close(of_inputs, torch.ones(64, 64) @ kept)
 
 
 def test_thread_warnings() -> None:

@@ -43,10 +43,11 @@ class TestIdentity:
 
     @pytest.mark.parametrize("key", [k for k in EVERY_KEY if k not in identity_module.NEUTRAL])
     def test_every_other_field_matters(self, key):
-        # A method, an optimizer and an initialisation that have options
+        # Methods, an optimizer and an initialisation that have options
         base = [
             ("model.init", "skipinit" if key == "model.init" else "risotto"),
             ("sparse.method", "imp"),
+            ("depth.method", "a-mod" if key == "depth.method" else "mod"),
             ("fit.optimizer", "ham-sgd"),
             ("fit.options", {"alpha": 1.0}),
         ]

@@ -50,6 +50,12 @@ EVERY_KEY = {
     "sparse.repair": True,
     "sparse.include": ["*.weight"],
     "sparse.exclude": ["conv1.*", "fc?"],
+    "depth.method": "mod",
+    "depth.capacity": [0.5, 0.25],
+    "depth.layers": [1, 3],
+    "depth.options": {"gate": "raw"},
+    "depth.from_run": "runs/z-12345678",
+    "depth.auxiliary": 0.5,
     "fit.length": "7it",
     "fit.batch_size": 3,
     "fit.optimizer": "ham-adamw",
@@ -72,6 +78,7 @@ EVERY_KEY = {
     "fit.clip": 2.0,
     "fit.distillation": 0.5,
     "fit.temperature": 4.0,
+    "execute.form": "sparse",
     "execute.device": "cpu",
     "execute.precision": "bf16",
     "execute.matmul_precision": "medium",
@@ -94,8 +101,7 @@ def flat(tree: dict, prefix: str = "") -> dict:
         path = f"{prefix}{key}"
         result |= (
             flat(value, f"{path}.")
-            if isinstance(value, dict)
-            and path not in ("model.options", "sparse.options", "fit.options", "model.init_options")
+            if isinstance(value, dict) and not path.endswith("options")
             else {path: value}
         )
     return result

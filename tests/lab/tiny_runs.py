@@ -29,6 +29,13 @@ def tiny(**changes: object) -> Recipe:
     return build({"name": "tiny"}, [*TINY, *pairs])
 
 
+VIT: dict[str, object] = {
+    "model__name": "vit",
+    "model__options": {"patch": 2, "width": 16, "depth": 4, "heads": 2},
+    "fit__optimizer": "adamw",
+    "fit__learning_rate": 0.003,
+}
+
 METHODS: dict[str, dict[str, object]] = {
     "dense": {},
     "random": {"sparse__method": "random", "sparse__density": 0.3, "sparse__allocation": "erk"},
@@ -131,6 +138,21 @@ METHODS: dict[str, dict[str, object]] = {
         "fit__optimizer": "adamw",
         "fit__learning_rate": 0.003,
     },
+    "lrr, truly sparse": {
+        "sparse__method": "lrr",
+        "sparse__levels": 2,
+        "sparse__per_level": 0.7,
+        "sparse__optimizer_state": "carry",
+        "fit__optimizer": "adamw",
+        "fit__learning_rate": 0.003,
+        "execute__form": "sparse",
+    },
+    "rigl, truly sparse": {
+        "sparse__method": "rigl",
+        "sparse__density": 0.2,
+        "sparse__options": {"interval": 3},
+        "execute__form": "sparse",
+    },
     "str": {"sparse__method": "str", "sparse__options": {"initial": -2.0}},
     "continuous": {"sparse__method": "continuous"},
     "edge-popup": {"sparse__method": "edge-popup", "sparse__density": 0.5},
@@ -174,6 +196,12 @@ METHODS: dict[str, dict[str, object]] = {
         "fit__options": {"mask_interval": 3, "skip_zeros": True, "min_size": 100},
         "fit__learning_rate": 0.01,
     },
+    "a-mod, queries drawn at random": VIT
+    | {"depth__method": "a-mod", "depth__options": {"queries": 4}},
+    "mod, auxiliary loss": VIT
+    | {"depth__method": "mod", "depth__options": {"auxiliary": "predictor"}},
+    "lrr, random tokens": VIT
+    | {"depth__method": "random-tokens", "sparse__method": "lrr", "sparse__levels": 1},
     "convolutions, channels last, bf16": {
         "model__name": "resnet20",
         "model__options": {"width": 2},
@@ -244,7 +272,8 @@ def assert_same_run(one: Path, other: Path) -> None:
     first, second = content(one), content(other)
     assert set(first) == set(second)
     assert [name for name in first if first[name] != second[name]] == []
-    results = [json.loads((d / "result.json").read_text()) | {"seconds": 0} for d in (one, other)]
+    timed = {"seconds": 0, "execution": None}
+    results = [json.loads((d / "result.json").read_text()) | timed for d in (one, other)]
     assert results[0] == results[1]
     stages = [[(t["stage"], t["epoch"]) for t in rows(d, "timing")] for d in (one, other)]
     assert stages[0] == stages[1]

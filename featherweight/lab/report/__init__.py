@@ -8,17 +8,20 @@ from pathlib import Path
 
 from featherweight.common import atomic_path, write_text
 from featherweight.lab.report.collect import collect
+from featherweight.lab.report.execution import Executed, executed
 from featherweight.lab.report.matched import Matched, matched
 from featherweight.lab.report.records import Run
 from featherweight.lab.report.summary import Row, summarise
 from featherweight.lab.report.table import table
 
 __all__ = [
+    "Executed",
     "Matched",
     "Report",
     "Row",
     "Run",
     "collect",
+    "executed",
     "matched",
     "summarise",
     "table",
@@ -35,12 +38,14 @@ class Report:
         pictures: PNG files next to it, in the order of the page.
         rows: one a method and level, for ``table``.
         matched: one for each cyclic method, beside its control.
+        executed: one for each method whose execution was measured.
     """
 
     html: Path
     pictures: tuple[Path, ...]
     rows: tuple[Row, ...]
     matched: tuple[Matched, ...] = ()
+    executed: tuple[Executed, ...] = ()
 
 
 def write(runs: Sequence[Path], out: Path) -> Report:
@@ -60,10 +65,11 @@ def write(runs: Sequence[Path], out: Path) -> Report:
 
     found = collect(runs)
     rows, pictures, pairs = summarise(found), draw(found), matched(found)
+    measured = executed(found)
     paths = tuple(out / f"{picture.name}.png" for picture in pictures)
     for path, picture in zip(paths, pictures, strict=True):
         with atomic_path(path) as temporary:
             temporary.write_bytes(picture.png)
     html = out / "report.html"
-    write_text(html, page(found, rows, pictures, pairs))
-    return Report(html, paths, rows, pairs)
+    write_text(html, page(found, rows, pictures, pairs, measured))
+    return Report(html, paths, rows, pairs, measured)

@@ -11,7 +11,16 @@ from typing import Any, TypeVar
 
 import yaml
 
-from featherweight.lab.report.records import Epoch, Flips, Layer, Level, Run, Seed, Timing
+from featherweight.lab.report.records import (
+    Epoch,
+    Execution,
+    Flips,
+    Layer,
+    Level,
+    Run,
+    Seed,
+    Timing,
+)
 
 Line = dict[str, Any]
 Record = TypeVar("Record")
@@ -80,6 +89,7 @@ def _read_seed(path: Path) -> Seed:
         epochs=_last_of_each(epochs, lambda line: (line.level, line.stage, line.epoch)),
         levels=_last_of_each(levels, lambda line: (line.level, line.stage)),
         timings=_last_of_each(timings, lambda line: (line.stage, line.epoch)),
+        execution=_execution(result.get("execution"), path / "result.json"),
     )
 
 
@@ -97,6 +107,20 @@ def _epoch(line: Line) -> Epoch:
 
 def _timing(line: Line) -> Timing:
     return Timing(str(line["stage"]), int(line["epoch"]), float(line["step_seconds"]))
+
+
+def _execution(line: Line | None, path: Path) -> Execution | None:
+    return None if line is None else _parse_line(json.dumps(line), _measured, str(path))
+
+
+def _measured(line: Line) -> Execution:
+    return Execution(
+        form=str(line["form"]),
+        seconds=float(line["seconds"]),
+        dense_seconds=float(line["dense_seconds"]),
+        bytes=int(line["bytes"]),
+        dense_bytes=int(line["dense_bytes"]),
+    )
 
 
 def _level(line: Line) -> Level:

@@ -8,6 +8,7 @@ from importlib.resources import files
 from itertools import groupby
 
 from featherweight.lab.report.canvas import Picture
+from featherweight.lab.report.execution import Executed
 from featherweight.lab.report.matched import Matched
 from featherweight.lab.report.records import Run, Seed
 from featherweight.lab.report.summary import Row
@@ -61,6 +62,7 @@ def page(
     rows: Sequence[Row],
     pictures: Sequence[Picture],
     matched: Sequence[Matched] = (),
+    executed: Sequence[Executed] = (),
 ) -> str:
     """Return the whole HTML document; the same input gives the same bytes."""
     last = [row for row in rows if row.last]
@@ -68,6 +70,7 @@ def page(
         _headline(runs),
         _incomplete(runs),
         _section("Result", "Each method at the last level it has reached.", _table(last)),
+        _executed(executed),
         _matched(matched),
         *(_figure(picture) for picture in pictures),
     ]
@@ -184,6 +187,17 @@ def _matched(pairs: Sequence[Matched]) -> str:
     words = "Cycles train longer; the control trains as long, in one learning-rate schedule."
     items = "".join(f"<li>{escape(str(pair))}</li>" for pair in pairs)
     return _section("Cycles at equal epochs", words, f"<ul>{items}</ul>")
+
+
+def _executed(found: Sequence[Executed]) -> str:
+    if not found:
+        return ""
+    words = (
+        "At the last level: operations, and what this machine measured. The dense step has the "
+        "same optimizer, fused, under the faster of torch's float32 matmul precisions."
+    )
+    items = "".join(f"<li>{escape(str(line))}</li>" for line in found)
+    return _section("What the zeros gained", words, f"<ul>{items}</ul>")
 
 
 def _section(title: str, words: str, content: str) -> str:

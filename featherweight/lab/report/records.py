@@ -80,6 +80,17 @@ class Level:
 
 
 @dataclass(frozen=True)
+class Execution:
+    """How the last level was executed, as ``result.json`` has it; seconds of a training step."""
+
+    form: str
+    seconds: float
+    dense_seconds: float
+    bytes: int
+    dense_bytes: int
+
+
+@dataclass(frozen=True)
 class Seed:
     """Everything that one seed of a recipe has written so far."""
 
@@ -91,6 +102,7 @@ class Seed:
     epochs: tuple[Epoch, ...]
     levels: tuple[Level, ...]
     timings: tuple[Timing, ...]
+    execution: Execution | None = None
 
 
 @dataclass(frozen=True)

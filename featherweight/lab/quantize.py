@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,7 +44,7 @@ def quantize(
     """
     try:
         _quiet_transformers()
-        with _bars(console) as (learning, layers):
+        with _notes(console), _bars(console) as (learning, layers):
             result = quantize_directory(
                 model,
                 out,
@@ -66,6 +67,16 @@ def _quiet_transformers() -> None:
     if importlib.util.find_spec("transformers"):
         logging = importlib.import_module("transformers.utils.logging")
         logging.disable_progress_bar()
+
+
+@contextmanager
+def _notes(console: Console) -> Iterator[None]:
+    """Print what the room warns of as notes, once the bars are done."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        yield
+    for text in dict.fromkeys(str(one.message) for one in caught if one.category is UserWarning):
+        console.print(f"note: {text}", highlight=False, soft_wrap=True)
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from featherweight.quant.hadamard import (
     random_orthogonal,
 )
 from featherweight.quant.int4 import Int4Linear, int4_decoding
+from featherweight.quant.matrix import QuantizedMatrix
 from featherweight.quant.objective import OBJECTIVES
 from featherweight.quant.optrot import Learned, Progress, learn_rotation, optrot
 from featherweight.quant.optrot_plus import learn_rotation_plus, optrot_plus
@@ -40,6 +41,7 @@ from featherweight.quant.quantize import (
     QuantizedLinear,
     gptq,
     quantized_layers,
+    quantized_matrices,
     rtn,
 )
 from featherweight.quant.rotate import Rotation, draw_rotation, fold, rotate
@@ -82,6 +84,8 @@ __all__ = [
     "Layer",  # what watch= is told
     "QuantizedLinear",
     "quantized_layers",
+    "quantized_matrices",  # also of experts, one by one
+    "QuantizedMatrix",
     "QUANTIZERS",
     # of a matrix
     "Grid",

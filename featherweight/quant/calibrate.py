@@ -157,30 +157,39 @@ class Gram:
 def stage_hessian(stream: Stream, index: int, block: Block, module: nn.Linear) -> Tensor:
     """Return the Hessian of one module's inputs; the pass ends as soon as it is reached."""
     gram = Gram(module.in_features, module.weight.device)
-
-    def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+    for args in reach(stream, index, block, module):
         gram.add(args[0])
-        raise _Reached
-
-    handle = module.register_forward_pre_hook(note)
-    try:
-        for place in range(len(stream.hidden)):
-            one = Stream([stream.hidden[place]], stream.calls)
-            try:
-                next(one.run(index, block.layer))
-            except _Reached:
-                continue
-    finally:
-        handle.remove()
     return gram.mean()
 
 
+def reach(
+    stream: Stream, index: int, block: Block, module: nn.Module
+) -> Iterator[tuple[Tensor, ...]]:
+    """Yield what a module of a layer is called with, for every batch; the pass ends there."""
+    seen: list[tuple[Tensor, ...]] = []
+
+    def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(args)
+        raise _Reached
+
+    for place in range(len(stream.hidden)):
+        one = Stream([stream.hidden[place]], stream.calls)
+        handle = module.register_forward_pre_hook(note)
+        try:
+            next(one.run(index, block.layer))
+        except _Reached:
+            yield seen.pop()
+        finally:
+            handle.remove()
+
+
 def refuse_experts(decoder: Decoder) -> None:
-    """Raise ValueError if a block routes tokens to experts."""
+    """Raise ValueError if a block routes tokens to experts, so that inputs are not shared."""
     for block in decoder.blocks:
         if block.has_experts():
             raise ValueError(
-                f"{block.name} has experts stored as one tensor: they can be rotated, not quantised"
+                f"{block.name} has experts, each with inputs of its own; there are no Hessians for"
+                " all, so use another rotation than optrot-plus"
             )
 
 

@@ -89,10 +89,22 @@ class Block:
         """Tell whether the block routes tokens to experts."""
         return any(matrix.kind == "router" for matrix in self.mlp)
 
+    @property
+    def experts(self) -> str | None:
+        """Dotted name of the module that holds all experts, or None."""
+        return f"{self.name}.mlp.experts" if self.has_experts() else None
+
     def stages(self) -> tuple[tuple[str, ...], ...]:
-        """Return names of the quantised modules by shared input, in the order of the pass."""
+        """Return names of the quantised modules by shared input, in the order of the pass.
+
+        Routers keep their precision; experts are no modules of their own, see :attr:`experts`.
+        """
         groups = (self.attention, (self.output,), self.mlp, self.down)
-        return tuple(tuple(dict.fromkeys(m.module for m in group)) for group in groups)
+        names = (dict.fromkeys(m.module for m in g if self._is_linear(m)) for g in groups)
+        return tuple(tuple(group) for group in names if group)
+
+    def _is_linear(self, matrix: Matrix) -> bool:
+        return matrix.kind != "router" and matrix.weight.dim() == 2
 
 
 @dataclass(frozen=True)

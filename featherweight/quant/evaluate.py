@@ -14,7 +14,7 @@ from featherweight.quant.calibrate import check_ids, evaluating
 from featherweight.quant.decoder import Decoder, read_decoder
 from featherweight.quant.gptq import ldl_diagonal
 from featherweight.quant.objective import Source, sources
-from featherweight.quant.quantize import quantized_layers
+from featherweight.quant.quantize import quantized_matrices
 
 _TOKENS = 1024  # tokens in a forward pass; their logits dominate memory
 
@@ -103,13 +103,13 @@ def _loss(logits: Tensor, ids: Tensor) -> float:
 def layer_errors(model: nn.Module) -> dict[str, float]:
     """Return each quantised layer's relative error ``tr(dW H dW^T) / tr(W H W^T)``.
 
-    Layers that GPTQ had to round to nearest are found by ``damping`` of
+    Experts count one by one. Layers that GPTQ had to round to nearest are found by ``damping`` of
     :func:`quantized_layers`. For round to nearest H = I: the error of the weights alone.
 
     Raises:
         ValueError: the model has no quantised layer.
     """
-    layers = quantized_layers(model)
+    layers = quantized_matrices(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no quantised layer")
     return {name: layer.error for name, layer in layers.items()}

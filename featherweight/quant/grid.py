@@ -9,13 +9,14 @@ scale ``absmax / ((2^bits - 1) / 2)``, as GPTQ and compressed-tensors have it; Q
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 _NORM = 2.4  # exponent of the clipping search's error, as in GPTQ's code
 _SHRINKS = 50  # steps of 1 % by which the range is tried smaller
+_LEAST_GROUP = 32  # that a group is halved to where the size asked for does not divide a row
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,21 @@ class Grid:
                 f"{', '.join(map(str, fits)) or 'none'} do, and None is the whole row"
             )
         return size
+
+    def fitting(self, columns: int) -> Grid:
+        """Return this grid with groups that divide rows of so many columns.
+
+        The group size is halved until it does, down to 32: 128 becomes 64 for rows of 576.
+
+        Raises:
+            ValueError: no half of the group size divides the row.
+        """
+        size = self.group_size
+        while size and columns % size and size % 2 == 0 and size > _LEAST_GROUP:
+            size //= 2
+        if size and columns % size:
+            self.size(columns)  # says which sizes do
+        return replace(self, group_size=size)
 
     def bits_per_weight(self, columns: int) -> float:
         """Return bits with scales of 16 bits and zero points counted in."""

@@ -25,11 +25,12 @@ from featherweight.quant.export.directory import (
     refuse_existing,
     write_model,
 )
-from featherweight.quant.export.layouts import FORMATS
+from featherweight.quant.export.layouts import FORMATS, check_grids
 from featherweight.quant.gptq import Gptq
 from featherweight.quant.grid import Grid
+from featherweight.quant.group_sizes import layer_grids
 from featherweight.quant.optrot import Report
-from featherweight.quant.quantize import QUANTIZERS, Watch, quantized_layers
+from featherweight.quant.quantize import QUANTIZERS, Watch, quantized_matrices
 from featherweight.quant.rotate import Rotation, rotate
 from featherweight.quant.rotations import ROTATIONS
 from featherweight.quant.text import load_tokenizer, read_tokens
@@ -49,7 +50,8 @@ class Plan:
         rotation: a name of :data:`ROTATIONS`, ``auto`` (try some, keep the least KL), or the path
             of a ``rotation.safetensors``.
         method: a name of :data:`QUANTIZERS`.
-        bits, group_size, symmetric, clip: of the grid, see :class:`Grid`.
+        bits, group_size, symmetric, clip: of the grid, see :class:`Grid`; where the group size
+            does not divide a row, half of it, or a quarter, down to 32.
         options: of GPTQ.
         steps: of learning a rotation; None for its default.
         seed: of rotations.
@@ -150,6 +152,7 @@ def quantize_directory(
     _refuse_architecture(source, gguf)
     ids = _token_ids(source, plan, calibration)
     model = load(source, allow_pickle=allow_pickle)
+    _refuse_groups(model, plan, format)
     if ids is not None:
         check_ids(ids, read_decoder(model).embedding.num_embeddings)
     name, rotation, candidates = _choose(model, plan, ids, progress)
@@ -171,6 +174,13 @@ def _refuse_architecture(source: Path, gguf: Path | None) -> None:
             source, local_files_only=True, trust_remote_code=False
         )
         refuse_architecture(config.get_text_config())
+
+
+def _refuse_groups(model: nn.Module, plan: Plan, format: str) -> None:
+    layout, grid = FORMATS[format].method, Grid(plan.bits, plan.group_size, plan.symmetric)
+    grids = layer_grids(read_decoder(model), grid)
+    if layout is not None:
+        check_grids(layout, grids)
 
 
 def _token_ids(source: Path, plan: Plan, calibration: str | Path | Tensor | None) -> Tensor | None:
@@ -253,7 +263,7 @@ def _treat(
 
 
 def _bits_per_weight(model: nn.Module) -> float:
-    layers = [layer.quantized for layer in quantized_layers(model).values()]
+    layers = [layer.quantized for layer in quantized_matrices(model).values()]
     weights = sum(one.codes.numel() for one in layers)
     bits = sum(one.codes.numel() * one.grid.bits_per_weight(one.codes.shape[1]) for one in layers)
     return bits / weights

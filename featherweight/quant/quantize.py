@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,13 +15,24 @@ from featherweight.quant.calibrate import (
     check_ids,
     evaluating,
     open_stream,
-    refuse_experts,
     stage_hessian,
 )
 from featherweight.quant.decoder import Block, Decoder, check_finite, read_decoder
-from featherweight.quant.gptq import Gptq, Outcome, gptq_matrix
+from featherweight.quant.experts import (
+    READ,
+    WRITE,
+    dense_experts,
+    gptq_experts,
+    round_experts,
+)
+from featherweight.quant.gptq import Gptq, gptq_matrix
 from featherweight.quant.grid import Grid, Quantized
+from featherweight.quant.group_sizes import layer_grids, warn_of_smaller_groups
+from featherweight.quant.matrix import QuantizedMatrix, relative_error, split
 from featherweight.quant.rtn import round_to_nearest
+from featherweight.quant.trial import Trial
+
+_EXPERTS = "quantized_experts"  # attribute of an experts' module: EXPERT.PART to QuantizedMatrix
 
 QUANTIZERS: Registry[Callable[..., nn.Module]] = Registry("quantiser")
 """How a decoder's weights are rounded: functions of a model that work in place and return it."""
@@ -71,16 +82,20 @@ class Layer:
 Watch = Callable[[Layer], None]
 
 
-@dataclass(frozen=True)
-class _Found:
-    quantized: Quantized
-    error: float
-    damping: float | None
-
-
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
     """Return the quantised layers of a model by name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+
+
+def quantized_matrices(model: nn.Module) -> dict[str, QuantizedMatrix]:
+    """Return codes and error of every quantised matrix by name, experts one by one."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            found[name] = QuantizedMatrix(module.quantized, module.error, module.damping)
+        for part, one in module.__dict__.get(_EXPERTS, {}).items():
+            found[f"{name}.{part}"] = one
+    return found
 
 
 @QUANTIZERS.register("rtn", "round every weight to the nearest grid point; no data")
@@ -100,9 +115,10 @@ def rtn(
     Rotations do not help here, their folded gains hurt: prefer :func:`gptq` after one.
 
     Args:
-        model: a supported decoder without experts.
+        model: a supported decoder.
         bits: 2 to 8.
-        group_size: weights that share a scale; None for a whole row.
+        group_size: weights that share a scale, halved where it does not divide a row; None for a
+            whole row.
         symmetric: zero point in the middle.
         clip: search the range of each group.
         scale_dtype: of the scales; None for that of the weights.
@@ -112,18 +128,23 @@ def rtn(
         The same model, with :class:`QuantizedLinear` layers.
 
     Raises:
-        ValueError: the model is not supported, or groups do not divide a row; nothing was changed.
+        ValueError: the model is not supported, or no half of the group size divides a row;
+            nothing was changed.
     """
-    grid = _grid(model, bits, group_size, symmetric, clip, scale_dtype)
-    decoder = _checked(model, grid)
-    found: dict[str, _Found] = {}
+    decoder, grids = _checked(model, _grid(model, bits, group_size, symmetric, clip, scale_dtype))
+    found: dict[str, QuantizedMatrix] = {}
     for index, block in enumerate(decoder.blocks):
         names = [name for stage in block.stages() for name in stage]
         for name in names:
             weight = _linear(model, name).weight.detach()
-            quantized = round_to_nearest(weight, grid)
-            found[name] = _Found(quantized, _error(weight, quantized, None), None)
-        _tell(watch, index, decoder, {name: found[name].error for name in names})
+            quantized = round_to_nearest(weight, grids[name])
+            found[name] = QuantizedMatrix(quantized, relative_error(weight, quantized, None), None)
+        if block.experts:
+            experts = model.get_submodule(block.experts)
+            done = dict(round_experts(experts, _expert_grids(grids, block.experts)))
+            found |= {f"{block.experts}.{name}": one for name, one in done.items()}
+        own = (name for name in found if name.startswith(f"{block.name}."))
+        _tell(watch, index, decoder, {name: found[name].error for name in own})
     return _install(model, found)
 
 
@@ -153,10 +174,11 @@ def gptq(
     codes. Weights are replaced only after the last layer, so that an error changes nothing.
 
     Args:
-        model: a supported decoder without experts, rotated before if at all.
+        model: a supported decoder, rotated before if at all.
         calibration: token ids, ``[sequences, tokens]``; 128 sequences of 2048 are customary.
         bits: 2 to 8.
-        group_size: weights that share a scale; None for a whole row.
+        group_size: weights that share a scale, halved where it does not divide a row; None for a
+            whole row.
         symmetric: zero point in the middle.
         clip: search the range of each group.
         scale_dtype: of the scales; None for that of the weights.
@@ -167,17 +189,16 @@ def gptq(
         The same model, with :class:`QuantizedLinear` layers.
 
     Raises:
-        ValueError: the model is not supported, ids are out of range, groups do not divide a row, or
-            inputs are not finite; nothing was changed.
+        ValueError: the model is not supported, ids are out of range, no half of the group size
+            divides a row, or inputs are not finite; nothing was changed.
     """
-    grid = _grid(model, bits, group_size, symmetric, clip, scale_dtype)
-    decoder = _checked(model, grid)
+    decoder, grids = _checked(model, _grid(model, bits, group_size, symmetric, clip, scale_dtype))
     stream = open_stream(decoder, check_ids(calibration, decoder.embedding.num_embeddings))
-    found: dict[str, _Found] = {}
+    found: dict[str, QuantizedMatrix] = {}
     with evaluating(model):
         for index, block in enumerate(decoder.blocks):
-            with _Trial() as trial:
-                done = _quantize_block(decoder, stream, index, block, grid, options, trial)
+            with Trial() as trial:
+                done = _quantize_block(decoder, stream, index, block, grids, options, trial)
                 stream.advance(index, block.layer)
             found |= done
             _tell(watch, index, decoder, {name: one.error for name, one in done.items()})
@@ -189,58 +210,34 @@ def _quantize_block(
     stream: Stream,
     index: int,
     block: Block,
-    grid: Grid,
+    grids: Mapping[str, Grid],
     options: Gptq | None,
-    trial: _Trial,
-) -> dict[str, _Found]:
-    found: dict[str, _Found] = {}
+    trial: Trial,
+) -> dict[str, QuantizedMatrix]:
+    found: dict[str, QuantizedMatrix] = {}
     for names in block.stages():
         linears = [_linear(decoder.model, name) for name in names]
         hessian = stage_hessian(stream, index, block, linears[0])
         check_hessian(hessian, names[0])
         weights = [linear.weight.detach() for linear in linears]
-        outcome = gptq_matrix(torch.cat(weights), hessian, grid, options)
-        for name, linear, part in zip(names, linears, _split(outcome, weights), strict=True):
-            found[name] = _Found(part, _error(linear.weight, part, hessian), outcome.damping)
-            trial.put(linear, part.dequantize(linear.weight.dtype))
+        outcome = gptq_matrix(torch.cat(weights), hessian, grids[names[0]], options)
+        for name, linear, part in zip(names, linears, split(outcome, weights), strict=True):
+            found[name] = QuantizedMatrix(
+                part, relative_error(linear.weight, part, hessian), outcome.damping
+            )
+            trial.put(linear.weight, part.dequantize(linear.weight.dtype))
+    if block.experts:
+        experts = decoder.model.get_submodule(block.experts)
+        own = _expert_grids(grids, block.experts)
+        done = dict(gptq_experts(stream, index, block, experts, own, options))
+        for name, weight in dense_experts(done, linears[0].weight.dtype).items():
+            trial.put(experts.get_parameter(name), weight)
+        found |= {f"{block.experts}.{name}": one for name, one in done.items()}
     return found
 
 
-def _split(outcome: Outcome, weights: Sequence[Tensor]) -> Iterator[Quantized]:
-    """Take the stacked result apart."""
-    whole, sizes = outcome.quantized, [len(weight) for weight in weights]
-    parts = (tensor.split(sizes) for tensor in (whole.codes, whole.scale, whole.zero))
-    for codes, scale, zero in zip(*parts, strict=True):
-        yield Quantized(codes.clone(), scale.clone(), zero.clone(), whole.grid)
-
-
-class _Trial:
-    """Holds other weights in some layers, and puts the old ones back at the end."""
-
-    def __init__(self) -> None:
-        self.old: list[tuple[nn.Linear, Tensor]] = []
-
-    def put(self, linear: nn.Linear, weight: Tensor) -> None:
-        self.old.append((linear, linear.weight.data))
-        linear.weight.data = weight
-
-    def __enter__(self) -> _Trial:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for linear, weight in self.old:
-            linear.weight.data = weight
-
-
-def _error(weight: Tensor, quantized: Quantized, hessian: Tensor | None) -> float:
-    """Return ``tr(dW H dW^T) / tr(W H W^T)``, with H = I where there is none."""
-    weight = weight.detach().float()
-    difference = quantized.dequantize() - weight
-
-    def size(matrix: Tensor) -> Tensor:
-        return torch.sum(matrix * (matrix if hessian is None else matrix @ hessian))
-
-    return (size(difference) / size(weight).clamp_min(1e-30)).item()
+def _expert_grids(grids: Mapping[str, Grid], path: str) -> dict[str, Grid]:
+    return {name: grids[f"{path}.{name}"] for name in (READ, WRITE)}
 
 
 def _grid(
@@ -255,18 +252,13 @@ def _grid(
     return Grid(bits, group_size, symmetric, clip, dtype)
 
 
-def _checked(model: nn.Module, grid: Grid) -> Decoder:
-    """Refuse what can't be quantised before anything is done."""
+def _checked(model: nn.Module, grid: Grid) -> tuple[Decoder, dict[str, Grid]]:
+    """Refuse what can't be quantised before anything is done; return the grid of each layer."""
     decoder = read_decoder(model)
-    refuse_experts(decoder)
     check_finite(decoder)
-    for block in decoder.blocks:
-        for name in (name for stage in block.stages() for name in stage):
-            try:
-                grid.size(_linear(model, name).in_features)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
-    return decoder
+    grids = layer_grids(decoder, grid)
+    warn_of_smaller_groups(grid, grids)
+    return decoder, grids
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:
@@ -280,8 +272,18 @@ def _tell(watch: Watch | None, index: int, decoder: Decoder, errors: dict[str, f
         watch(Layer(index + 1, len(decoder.blocks), errors))
 
 
-def _install(model: nn.Module, found: dict[str, _Found]) -> nn.Module:
+def _install(model: nn.Module, found: Mapping[str, QuantizedMatrix]) -> nn.Module:
+    experts: dict[str, dict[str, QuantizedMatrix]] = {}
     for name, one in found.items():
+        path, inside, part = name.partition(".experts.")
+        if inside:
+            experts.setdefault(f"{path}.experts", {})[part] = one
+            continue
         made = QuantizedLinear.of(_linear(model, name), one.quantized, one.error, one.damping)
         model.set_submodule(name, made)
+    for path, parts in experts.items():
+        module = model.get_submodule(path)
+        for name, weight in dense_experts(parts, module.get_parameter(READ).dtype).items():
+            module.get_parameter(name).data = weight.to(module.get_parameter(name).device)
+        setattr(module, _EXPERTS, parts)
     return model

@@ -46,6 +46,13 @@ def test_whole_rows_by_group_size_0_without_text(model):
     assert report["plan"]["group_size"] is None
 
 
+def test_smaller_groups_are_said_in_one_line(model, capsys):
+    quantize(model, "--rotation", "none", "--method", "rtn", "--group-size", "64")
+    printed = capsys.readouterr().out
+    notes = [line for line in printed.splitlines() if line.startswith("note: ")]
+    assert notes == ["note: group_size 64 does not divide all rows; groups are of 32 in 2 layers"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

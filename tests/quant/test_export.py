@@ -100,6 +100,22 @@ def test_a_tied_model_that_was_not_rotated_stays_tied(tmp_path):
     assert torch.equal(tiny.logits(read, tiny.ids()), tiny.logits(model, tiny.ids()))
 
 
+@pytest.mark.filterwarnings("ignore:group_size 64 does not divide")
+def test_layers_with_groups_of_different_sizes_are_read_with_equal_logits(tmp_path):
+    pytest.importorskip("compressed_tensors")
+    model = rtn(tiny.build("llama-biases"), bits=4, group_size=64)
+    save(model, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    groups = config["config_groups"].values()
+    found = {one["weights"]["group_size"]: one["targets"] for one in groups}
+    assert found[32] == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+    assert len(found[64]) == 12
+    read = read_back(tmp_path / "out")
+    assert torch.equal(tiny.logits(read, tiny.ids()), tiny.logits(model, tiny.ids()))
+    with pytest.raises(ValueError, match=r"layers need 32 and 64; group_size 32 fits all"):
+        save(model, tmp_path / "gptq", format="gptq")
+
+
 @pytest.mark.filterwarnings(NOISE)
 @pytest.mark.parametrize("group_size", [None, 32])
 def test_asymmetric_models_are_read_if_dequantised(tmp_path, group_size):

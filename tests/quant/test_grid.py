@@ -131,3 +131,17 @@ def test_other_bad_grids(options, message):
 def test_groups_that_do_not_divide_a_row_are_refused_and_others_named():
     with pytest.raises(ValueError, match=r"128 does not divide 576 columns.* 64, 32, 16 do"):
         round_to_nearest(torch.randn(2, 576), Grid(group_size=128))
+
+
+def test_groups_are_halved_down_to_32():
+    assert Grid(group_size=128).fitting(576).group_size == 64
+    assert Grid(group_size=128).fitting(1536) == Grid(group_size=128)
+    assert Grid(group_size=256).fitting(96).group_size == 32
+    assert Grid().fitting(7) == Grid()
+    assert Grid(group_size=16).fitting(48).group_size == 16
+    with pytest.raises(
+        ValueError, match="group_size 128 does not divide 48 columns; of the usual sizes 16"
+    ):
+        Grid(group_size=128).fitting(48)
+    with pytest.raises(ValueError, match="group_size 48 does not divide 64"):
+        Grid(group_size=48).fitting(64)

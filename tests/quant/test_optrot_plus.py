@@ -126,7 +126,7 @@ def test_hessians_of_another_model_are_refused(calibrated):
 
 
 def test_experts_are_refused():
-    with pytest.raises(ValueError, match="experts stored as one tensor"):
+    with pytest.raises(ValueError, match="has experts, each with inputs of its own"):
         optrot_plus(tiny.build("mixtral"), tiny.ids())
 
 

@@ -195,12 +195,13 @@ def test_an_occupied_directory_is_refused_before_the_weights_are_read(source, te
 
 
 def test_groups_that_do_not_fit(source, text):
-    refused(
-        source,
-        "group_size 64 does not divide 96",
-        Plan(**{**SMALL, "group_size": 64}),
-        calibration=text,
-    )
+    small = {**SMALL, "group_size": 48}
+    refused(source, "group_size 48 does not divide 64", Plan(**small), calibration=text)
+    small["group_size"] = 64
+    message = "the format can be written with one group size, layers need 32 and 64; group_size 32"
+    refused(source, message, Plan(**small), calibration=text, format="gptq")
+    message = "an asymmetric grid can be written with one group size, layers need 32 and 64"
+    refused(source, message, Plan(**small, symmetric=False), calibration=text)
 
 
 def test_a_directory_that_is_none(tmp_path):

@@ -15,8 +15,14 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from featherweight.quant.export.layouts import FORMATS, Layout, layout_config, packed_state
-from featherweight.quant.quantize import quantized_layers
+from featherweight.quant.export.layouts import (
+    FORMATS,
+    Layout,
+    check_grids,
+    layout_config,
+    packed_state,
+)
+from featherweight.quant.quantize import quantized_matrices
 
 COMPANIONS = (
     "tokenizer*",
@@ -110,11 +116,12 @@ def save(
 
 def check_format(model: nn.Module, format: str) -> None:
     """Raise ValueError unless a format is known and can hold a model."""
-    layout, layers = FORMATS[format].method, quantized_layers(model)
+    layout, layers = FORMATS[format].method, quantized_matrices(model)
     if layout is None:
         return
     if not layers:
         raise ValueError(f"format {format!r} needs a quantised model; format='plain' takes any")
+    check_grids(layout, {name: layer.quantized.grid for name, layer in layers.items()})
     for name, layer in layers.items():
         layout.check(name, layer.quantized)
 
@@ -132,7 +139,7 @@ def write_model(
     if layout is None:
         _save_plain(model, directory, shard_size)
     else:
-        state = packed_state(model, quantized_layers(model), layout)
+        state = packed_state(model, quantized_matrices(model), layout)
         _save_packed(model, directory, state, layout, shard_size)
     if source is not None:
         copy_companions(Path(source), directory)
@@ -148,7 +155,7 @@ def _save_packed(
     model: nn.Module, directory: Path, state: Mapping[str, Tensor], layout: Layout, shard_size: str
 ) -> None:
     require_space(directory, sum(t.numel() * t.element_size() for t in state.values()))
-    described = layout_config(model, quantized_layers(model), layout)
+    described = layout_config(model, quantized_matrices(model), layout)
     config: Any = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.quantization_config = described

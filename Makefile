@@ -1,19 +1,33 @@
 # make demo   installs into .venv and runs the main job
 # make test   installs into .venv, lints, type-checks, tests
+# make flower installs into .venv-flower and tests what runs on Flower
 PYTHON ?= python3
 TORCH ?= 2.13.0
 VENV ?= .venv
 VENV_FLAGS ?=
+FLOWER ?= .venv-flower
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint docs bench results clean
+.PHONY: demo test flower lint docs bench results clean
 
 demo: $(READY)
 	$(BIN)/featherweight run dense-digits random-digits imp-digits lrr-digits --out runs/demo --jobs 2 --report
 
 test: lint
 	$(BIN)/python -m pytest
+
+# Flower pins older versions of what the lab uses: an environment of its own.
+flower: $(FLOWER)/.ready
+	FEATHERWEIGHT_FLOWER=1 FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 \
+	RAY_USAGE_STATS_ENABLED=0 FLWR_HOME=$$(mktemp -d) $(FLOWER)/bin/python -m pytest tests/flower
+
+$(FLOWER)/.ready: pyproject.toml
+	test -x $(FLOWER)/bin/python || $(PYTHON) -m venv $(FLOWER)
+	$(FLOWER)/bin/python -c "import torch" 2>/dev/null || $(FLOWER)/bin/pip install --quiet torch==$(TORCH)
+	$(FLOWER)/bin/python -c "import importlib.metadata as m; print('torch==' + m.version('torch'))" > $(FLOWER)/constraints.txt
+	$(FLOWER)/bin/pip install --quiet --constraint $(FLOWER)/constraints.txt --editable '.[lab,flower]' pytest hypothesis
+	touch $(FLOWER)/.ready
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -40,4 +54,4 @@ $(READY): pyproject.toml
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) site runs build *.egg-info
+	rm -rf $(VENV) $(FLOWER) site runs build *.egg-info

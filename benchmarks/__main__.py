@@ -3,14 +3,44 @@
 import sys
 from pathlib import Path
 
-from benchmarks import criteria, depth, dynamic, ham, hold, nanoadam, select, sign_in, tickets
+from benchmarks import (
+    codecs,
+    criteria,
+    depth,
+    dynamic,
+    federated,
+    ham,
+    hold,
+    nanoadam,
+    select,
+    sign_in,
+    sparse_convolutions,
+    sparse_execution,
+    tickets,
+)
 from benchmarks.provenance import provenance
 from featherweight.common import write_text
+
+MODULES = (
+    criteria,
+    select,
+    hold,
+    dynamic,
+    sign_in,
+    tickets,
+    ham,
+    nanoadam,
+    depth,
+    sparse_execution,
+    sparse_convolutions,
+    codecs,
+    federated,
+)
 
 
 def main() -> None:
     folder = Path(__file__).resolve().parent.parent / "docs" / "results"
-    for module in (criteria, depth, dynamic, ham, hold, nanoadam, select, sign_in, tickets):
+    for module in MODULES:
         name = module.__name__.rpartition(".")[2]
         if sys.argv[1:] and name not in sys.argv[1:]:
             continue

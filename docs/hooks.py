@@ -26,6 +26,7 @@ from mkdocs.exceptions import PluginError
 
 from featherweight.common import Registry, unknown
 from featherweight.depth import ROUTERS
+from featherweight.federated import ALGORITHMS, CODECS
 from featherweight.init import INITS
 from featherweight.lab import cli
 from featherweight.lab.claims import CLAIMS
@@ -51,6 +52,11 @@ DOCS = Path(__file__).resolve().parent
 
 ROOMS = (
     "featherweight.depth",
+    "featherweight.federated",
+    "featherweight.federated.algorithms",
+    "featherweight.federated.codecs",
+    "featherweight.federated.partition",
+    "featherweight.federated.sampling",
     "featherweight.init",
     "featherweight.quant",
     "featherweight.optim",
@@ -60,6 +66,7 @@ ROOMS = (
     "featherweight.sparse.criteria",
     "featherweight.sparse.density",
     "featherweight.sparse.dynamic",
+    "featherweight.sparse.execute",
     "featherweight.sparse.gradual",
     "featherweight.sparse.curvature",
     "featherweight.sparse.landscape",
@@ -88,6 +95,8 @@ KINDS: dict[str, Registry[Any]] = {
     "quantiser": QUANTIZERS,
     "rotation": ROTATIONS,
     "router": ROUTERS,
+    "federated algorithm": ALGORITHMS,
+    "codec": CODECS,
 }
 
 DIRECTIVE = re.compile(r"^::: (\S+)$", re.MULTILINE)

@@ -11,7 +11,9 @@ from rich.table import Table
 
 from featherweight.common import Registry, unknown
 from featherweight.depth import ROUTERS
+from featherweight.federated import AGGREGATORS, ALGORITHMS, CODECS, PARTITIONS, SAMPLERS
 from featherweight.init import INITS
+from featherweight.lab import federated_parse
 from featherweight.lab.claims import CLAIMS
 from featherweight.lab.data import DATA
 from featherweight.lab.errors import BadInput
@@ -44,7 +46,15 @@ METHODS: dict[str, Registry[Any]] = {
     "routers": ROUTERS,
     "rotations": ROTATIONS,
     "quantisers": QUANTIZERS,
+    "codecs": CODECS,
+    "federated algorithms": ALGORITHMS,
+    "aggregators": AGGREGATORS,
+    "partitions": PARTITIONS,
+    "samplers": SAMPLERS,
 }
+
+FIELDS = {"fields": describe, "federated-fields": federated_parse.describe}
+"""What ``show`` prints the keys of recipes under."""
 
 
 def print_lists(kind: str) -> None:
@@ -64,6 +74,8 @@ def _lists(kind: str) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
             yield title, _rows(registry)
     if kind in ("all", "recipes"):
         yield "recipes", [(name, _about(text), "") for name, text in shipped().items()]
+        federated = federated_parse.shipped()
+        yield "federated recipes", [(name, _about(text), "") for name, text in federated.items()]
     if kind in ("all", "data"):
         yield "data sets", _rows(DATA)
     if kind in ("all", "models"):
@@ -89,10 +101,11 @@ def print_one(name: str) -> None:
         BadInput: nothing has this name.
     """
     recipe = name.removeprefix("recipes/").removesuffix(".yaml")
-    if recipe in shipped():
-        print(shipped()[recipe], end="")
-    elif name == "fields":
-        for key, default, text in describe():
+    texts = shipped() | federated_parse.shipped()
+    if recipe in texts:
+        print(texts[recipe], end="")
+    elif name in FIELDS:
+        for key, default, text in FIELDS[name]():
             print(f"{key}: {default}\n    {text}")
     else:
         print(_documentation(name))
@@ -104,7 +117,8 @@ def _documentation(name: str) -> str:
     if not found and name in CLAIMS:
         return str(CLAIMS[name])
     if not found:
-        names = [*shipped(), "fields", *(n for r in registries for n in r), *CLAIMS]
+        recipes = [*shipped(), *federated_parse.shipped()]
+        names = [*recipes, *FIELDS, *(n for r in registries for n in r), *CLAIMS]
         raise BadInput(unknown("name", name, names))
     texts = []
     for entry in found:

@@ -5,14 +5,19 @@ the size run is printed as such.
 """
 
 from featherweight.lab.claims import (  # noqa: F401  (register)
+    a_mod,
+    adaquantfl,
     cyclic_sculpt,
+    field_guide_federated,
     ham,
     masks_signs_lrr,
     nanoadam,
     nonzero_biases,
+    optrot,
     random_pruning,
     risotto,
     sign_in,
+    sparsified_mean_estimation,
 )
 from featherweight.lab.claims.claim import CLAIMS, Claim, Outcome
 from featherweight.lab.statistics import Verdict, interval, judge

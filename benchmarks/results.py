@@ -35,6 +35,12 @@ def main() -> None:
     )
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", choices=PAGES, help="one page")
+    parser.add_argument(
+        "--claims",
+        nargs="+",
+        metavar="NAME",
+        help="claims to test; what the page says of others is kept. Without it: all",
+    )
     arguments = parser.parse_args()
     console = Console()
     if arguments.only in (None, "digits"):
@@ -42,7 +48,8 @@ def main() -> None:
     if arguments.only in (None, "methods"):
         methods.write_page(RESULTS / "methods.md", RUNS / "methods", arguments.jobs, console)
     if arguments.only in (None, "claims"):
-        claims_page(Settings(RUNS / "claims", arguments.jobs, "mini", None, console))
+        settings = Settings(RUNS / "claims", arguments.jobs, "mini", None, console)
+        claims_page(settings, arguments.claims)
     if arguments.data is not None and arguments.only in (None, "cifar10"):
         out = RUNS / "cifar10"
         cifar.write_page(RESULTS / "cifar10.md", arguments.data, out, arguments.jobs, console)
@@ -103,8 +110,11 @@ def put_into_readme(table: str) -> None:
     write_text(path, replaced)
 
 
-def claims_page(settings: Settings) -> None:
-    """Test all claims and write their page."""
+def claims_page(settings: Settings, names: Sequence[str] | None) -> None:
+    """Test claims and write the page of all that were tested."""
+    tested = list(CLAIMS.values()) if names is None else CLAIMS.find(names)
+    page = RESULTS / "claims.md"
+    kept = {} if names is None else _rows(page.read_text("utf-8"))
     blocks = [
         "# Claims\n\nRegenerate: `make results`, or one by `featherweight claims run NAME`.\n"
     ]
@@ -112,13 +122,22 @@ def claims_page(settings: Settings) -> None:
         blocks.append(f"## {paper}\n")
         blocks.append("| claim | effect | 95 % interval | seeds | verdict |\n|---|---|---|---|---|")
         for claim in CLAIMS.values():
-            if claim.paper == paper:
+            if claim.paper == paper and claim in tested:
                 started = time.perf_counter()
                 blocks.append(_row(claim.test(settings)))
                 print(f"{claim.name}: {time.perf_counter() - started:.0f} s", flush=True)
+            elif claim.paper == paper and claim.name in kept:
+                blocks.append(kept[claim.name])
         blocks.append("")
     blocks.append(provenance() + "\n")
-    write_text(RESULTS / "claims.md", "\n".join(blocks))
+    write_text(page, "\n".join(blocks))
+
+
+def _rows(page: str) -> dict[str, str]:
+    """Return the rows of the page by the names of their claims."""
+    return {
+        row[1]: row[0] for row in re.finditer(r"^\| \*\*([\w.-]+)\*\*: .*$", page, re.MULTILINE)
+    }
 
 
 def _row(outcome: Outcome) -> str:

@@ -1,7 +1,12 @@
 """Run all benchmarks, or those named, and write their tables to docs/results/."""
 
+import os
 import sys
 from pathlib import Path
+
+from featherweight.__main__ import SPIN
+
+os.environ.update(SPIN)  # as the command line sets it, before torch is loaded
 
 from benchmarks import (
     codecs,

@@ -4,6 +4,7 @@ Forward, backward and fused SGD with momentum, in float32. Dense: oneDNN, contig
 last; every figure is the median over rounds of the ratio to a dense step of the same round, and
 the smaller one of the two layouts'. Sparse: backend "chwn", given contiguous images, so that the
 change of layout counts. Stacks are four times convolution 3x3, batch norm, ReLU, with 32 images.
+`GOMP_SPINCOUNT=1000` for all, as the command line sets it.
 """
 
 import functools

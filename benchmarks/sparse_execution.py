@@ -7,6 +7,7 @@ and is the best dense baseline. "masked" multiplies by a mask in every forward p
 `torch.nn.utils.prune` does, with the optimizer as torch defaults it. Sparse backends are those that
 ``backend="auto"`` takes. Peers are measured where they are installed: SparseLab (PyPI
 `sparselab`), which has linear layers alone, and ONNX Runtime. One thread is pinned to one core.
+`GOMP_SPINCOUNT=1000` for all, as the command line sets it.
 """
 
 import contextlib

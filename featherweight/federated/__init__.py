@@ -14,12 +14,14 @@ from featherweight.federated.algorithms import (
     FedAvg,
     FedAvgM,
     FedDyn,
+    Federation,
     FedNova,
     FedProx,
     FedYogi,
     Mime,
     MimeLite,
     Scaffold,
+    Summary,
 )
 from featherweight.federated.clients_report import ClientsReport, evaluate_clients
 from featherweight.federated.codecs import (
@@ -86,10 +88,18 @@ from featherweight.federated.sampling import (
     WithReplacement,
     participation,
 )
+from featherweight.federated.schedules import (
+    exponential,
+    inverse_linear,
+    inverse_square_root,
+    warmup,
+)
+from featherweight.federated.server import Adaptive, ServerSgd, adagrad, adam, yogi
 from featherweight.federated.setting import Finding, Setting, check, require
 from featherweight.federated.simulate import simulate
 from featherweight.federated.simulation import Simulation
 from featherweight.federated.skew import noisy, relabelled
+from featherweight.federated.streams import stream
 from featherweight.federated.synthetic import Quadratics, quadratics, synthetic
 from featherweight.federated.time_model import TimeModel
 from featherweight.federated.tuning import Grid, budgets, grid, half_decades, winners
@@ -118,6 +128,8 @@ __all__ = [
     "Refused",
     # algorithms
     "Algorithm",
+    "Federation",
+    "Summary",
     "FedAvg",
     "FedAvgM",
     "FedAdagrad",
@@ -139,6 +151,16 @@ __all__ = [
     "Sgd",
     "Adam",
     "RoundRecord",
+    "exponential",
+    "inverse_linear",
+    "inverse_square_root",
+    "warmup",
+    "stream",
+    "ServerSgd",
+    "Adaptive",
+    "adagrad",
+    "adam",
+    "yogi",
     # who has which examples
     "Partition",
     "iid",

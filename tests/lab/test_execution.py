@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from featherweight.lab import execution
+from featherweight import __main__ as command
+from featherweight.lab import cli, execution
 from featherweight.lab.errors import BadInput
 from featherweight.lab.parse import load
 from featherweight.lab.report import collect, executed
@@ -133,3 +134,11 @@ def test_nothing_is_measured_of_a_dense_run(tmp_path):
     directory = run(tiny(), 0, tmp_path)
     assert "execution" not in result(directory)
     assert executed(collect([tmp_path])) == ()
+
+
+@pytest.mark.parametrize(("before", "after"), [({}, "1000"), ({"OMP_WAIT_POLICY": "active"}, None)])
+def test_the_command_line_lets_idle_threads_sleep(before, after, monkeypatch):
+    monkeypatch.setattr(command.os, "environ", dict(before))
+    monkeypatch.setattr(cli, "main", lambda: None)
+    command.main()
+    assert command.os.environ.get("GOMP_SPINCOUNT") == after

@@ -118,17 +118,15 @@ def claims_page(settings: Settings, names: Sequence[str] | None) -> None:
     blocks = [
         "# Claims\n\nRegenerate: `make results`, or one by `featherweight claims run NAME`.\n"
     ]
+    for claim in tested:
+        started = time.perf_counter()
+        kept[claim.name] = _row(claim.test(settings))
+        print(f"{claim.name}: {time.perf_counter() - started:.0f} s", flush=True)
     for paper in dict.fromkeys(claim.paper for claim in CLAIMS.values()):
-        blocks.append(f"## {paper}\n")
-        blocks.append("| claim | effect | 95 % interval | seeds | verdict |\n|---|---|---|---|---|")
-        for claim in CLAIMS.values():
-            if claim.paper == paper and claim in tested:
-                started = time.perf_counter()
-                blocks.append(_row(claim.test(settings)))
-                print(f"{claim.name}: {time.perf_counter() - started:.0f} s", flush=True)
-            elif claim.paper == paper and claim.name in kept:
-                blocks.append(kept[claim.name])
-        blocks.append("")
+        claims = [claim.name for claim in CLAIMS.values() if claim.paper == paper]
+        if rows := [kept[name] for name in claims if name in kept]:
+            head = "| claim | effect | 95 % interval | seeds | verdict |\n|---|---|---|---|---|"
+            blocks += [f"## {paper}\n", head, *rows, ""]
     blocks.append(provenance() + "\n")
     write_text(page, "\n".join(blocks))
 

@@ -216,7 +216,8 @@ def _step_by_age_(job: Job, index: Tensor, gradient: Tensor, first: Tensor, seco
         born = job.state["born"].int()
         scale, floor = scale.index_select(0, born), floor.index_select(0, born)
     root = torch.sqrt(second, out=gradient).add_(floor)
-    change = scale.mul(first).div_(root)
+    # In place where each entry has its factor already: new memory costs more than the product.
+    change = scale.expand_as(first).contiguous().mul_(first).div_(root)
     if job.decay == 1.0 and job.weights.dtype == change.dtype:
         job.weights.index_add_(0, index, change, alpha=-1)
         return

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from featherweight.sparse.execute import compiled
 from featherweight.sparse.execute.chwn import empty_chwn, to_chwn
@@ -157,7 +157,7 @@ def _form(kernel: list[int], stride: list[int], padding: list[int], flipped: boo
     return Convolution(pairs[0], pairs[1], pairs[2], flipped)
 
 
-@torch.library.custom_op("featherweight::sparse_convolve", mutates_args=())
+@library.custom_op("featherweight::sparse_convolve", mutates_args=())
 def traced_convolve(
     x: Tensor,
     values: Tensor,
@@ -190,7 +190,7 @@ def _(
     return empty_chwn(x, (x.shape[0], rows, *size))
 
 
-@torch.library.custom_op("featherweight::sparse_correlate", mutates_args=())
+@library.custom_op("featherweight::sparse_correlate", mutates_args=())
 def traced_correlate(
     gradient: Tensor,
     x: Tensor,

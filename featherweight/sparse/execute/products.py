@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from featherweight.sparse.execute import bag, compiled, csr
 
@@ -35,7 +35,7 @@ PRODUCTS: Mapping[str, Products] = {
 }
 
 
-@torch.library.custom_op("featherweight::sparse_multiply", mutates_args=())
+@library.custom_op("featherweight::sparse_multiply", mutates_args=())
 def traced_multiply(crow: Tensor, col: Tensor, values: Tensor, table: Tensor, name: str) -> Tensor:
     """Multiply as one operation of a traced graph."""
     return PRODUCTS[name].multiply(crow, col, values, table)
@@ -46,7 +46,7 @@ def _(crow: Tensor, col: Tensor, values: Tensor, table: Tensor, name: str) -> Te
     return table.new_empty(crow.shape[0] - 1, table.shape[1])
 
 
-@torch.library.custom_op("featherweight::sparse_sample", mutates_args=())
+@library.custom_op("featherweight::sparse_sample", mutates_args=())
 def traced_sample(crow: Tensor, col: Tensor, left: Tensor, right: Tensor, name: str) -> Tensor:
     """Sample as one operation of a traced graph."""
     return PRODUCTS[name].sample(crow, col, left, right)

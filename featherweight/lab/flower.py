@@ -30,7 +30,7 @@ from featherweight.lab.federated_data import Clients, make_clients
 from featherweight.lab.federated_parse import build, to_yaml
 from featherweight.lab.federated_recipe import FederatedRecipe
 from featherweight.lab.federated_setup import make_simulation
-from featherweight.lab.parse import _parse
+from featherweight.lab.recipe_form import read_yaml
 
 DEFAULTS: Mapping[str, Any] = {"seed": 0, "out": "", "timeout": 600.0, "patience": 60.0}
 """What ``flwr run --run-config`` can set: the seed; the folder of checkpoints and results, empty
@@ -162,7 +162,7 @@ def _key(config: Mapping[str, Any]) -> tuple[str, int]:
 
 @lru_cache(maxsize=1)
 def _prepared(text: str, seed: int) -> tuple[FederatedRecipe, Clients, Simulation]:
-    recipe = build(_parse(text))
+    recipe = build(read_yaml(text))
     clients = make_clients(recipe, seed)
     return recipe, clients, make_simulation(recipe, clients, seed)
 

@@ -124,11 +124,11 @@ def collect(paths: Sequence[Path]) -> tuple[FederatedRun, ...]:
 
 def _recipe(path: Path) -> Run:
     from featherweight.lab.federated_parse import build, plain
-    from featherweight.lab.parse import _parse
+    from featherweight.lab.recipe_form import read_yaml
 
     text = _read_text(path / RECIPE)
     try:
-        recipe = plain(build(_parse(text), origin=str(path / RECIPE)))
+        recipe = plain(build(read_yaml(text), origin=str(path / RECIPE)))
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path / RECIPE}: no federated recipe: {error}") from None
     return Run(path, str(recipe["name"]), recipe, text, ())
